@@ -1,0 +1,31 @@
+"""The Global Context Vision Transformer in Keras 3. Each module is a chapter of the book."""
+
+from gcvit.attention import WindowAttention
+from gcvit.block import Block, window_partition, window_reverse
+from gcvit.fetch import FetchError
+from gcvit.global_tokens import FeatureExtraction, GlobalQueryGenerator
+from gcvit.level import Level
+from gcvit.model import GCViT
+from gcvit.presets import PRESETS
+from gcvit.stem import PatchEmbed
+from gcvit.unit_blocks import MLP, ReduceSize, SqueezeAndExcitation
+from gcvit.weights import CheckpointError, load_checkpoint
+
+__all__ = [
+    "PRESETS",
+    "Block",
+    "CheckpointError",
+    "FeatureExtraction",
+    "FetchError",
+    "GCViT",
+    "GlobalQueryGenerator",
+    "Level",
+    "MLP",
+    "PatchEmbed",
+    "ReduceSize",
+    "SqueezeAndExcitation",
+    "WindowAttention",
+    "load_checkpoint",
+    "window_partition",
+    "window_reverse",
+]

@@ -1,0 +1,224 @@
+"""Chapter 1: the small layers that the rest of the model is made of."""
+
+import keras
+from keras import layers
+
+from gcvit.checks import feature_map_shape, positive_whole
+
+
+def run(sublayers, x):
+    """Pass `x` through a list of layers, one after the other."""
+    for layer in sublayers:
+        x = layer(x)
+    return x
+
+
+def fused_mbconv(channels, dtype=None):
+    """Make the four layers of the residual branch of a fused MBConv.
+
+    Depthwise 3x3 convolution, GELU, squeeze-and-excitation, 1x1 convolution. The input
+    is padded by one pixel beforehand, so that height and width stay. The layers are
+    returned as a plain list because the release checkpoint stores a list called `conv`
+    in each layer that has them.
+
+    Args:
+        channels: channels in and out.
+        dtype: dtype policy of the layers; default: Keras's global policy.
+
+    Source: paper, section 3 (downsampler and token generator); official `gc_vit.py`,
+    `ReduceSize.conv` and `FeatExtract.conv`.
+    """
+    return [
+        layers.DepthwiseConv2D(3, padding="valid", use_bias=False, dtype=dtype, name="conv_0"),
+        layers.Activation("gelu", dtype=dtype, name="conv_1"),
+        SqueezeAndExcitation(dtype=dtype, name="conv_2"),
+        layers.Conv2D(channels, 1, use_bias=False, dtype=dtype, name="conv_3"),
+    ]
+
+
+def build_fused_mbconv(conv, shape):
+    """Build the layers of `fused_mbconv` for a (batch, height, width, channels) shape."""
+    for layer in conv:
+        layer.build(shape)
+
+
+@keras.saving.register_keras_serializable(package="gcvit")
+class SqueezeAndExcitation(layers.Layer):
+    """Scale each channel by a gate that is computed from all channels' averages.
+
+    Shapes: (batch, height, width, channels) in, the same out, or `output_dim` gates
+    where the input has one channel to broadcast.
+
+    Args:
+        output_dim: number of gates; default `None`: one for each input channel.
+        expansion: width of the hidden layer as a share of the channels; default 0.25.
+
+    Raises:
+        ValueError: for an input that is not a feature map, a hidden layer of no units, or
+            gates that cannot be multiplied with the input.
+
+    Source: Hu et al. 2018, equations 2 to 4; official `gc_vit.py`, `SE`.
+    """
+
+    def __init__(self, output_dim=None, expansion=0.25, **kwargs):
+        super().__init__(**kwargs)
+        self.output_dim = output_dim
+        self.expansion = expansion
+
+    def build(self, input_shape):
+        channels = feature_map_shape(self, input_shape)[-1]
+        hidden = int(channels * self.expansion)
+        gates = self.output_dim or channels
+        if hidden < 1:
+            raise ValueError(
+                f"SqueezeAndExcitation needs at least one hidden unit; {channels} channels "
+                f"times expansion {self.expansion} make {hidden}."
+            )
+        if channels != gates and channels != 1:
+            raise ValueError(
+                f"SqueezeAndExcitation multiplies its gates with its input: output_dim must be "
+                f"the number of input channels, {channels}; got {gates}."
+            )
+        dtype = self.dtype_policy
+        self.avg_pool = layers.GlobalAveragePooling2D(keepdims=True, dtype=dtype, name="avg_pool")
+        self.fc = [
+            layers.Dense(hidden, use_bias=False, dtype=dtype, name="fc_0"),
+            layers.Activation("gelu", dtype=dtype, name="fc_1"),
+            layers.Dense(gates, use_bias=False, dtype=dtype, name="fc_2"),
+            layers.Activation("sigmoid", dtype=dtype, name="fc_3"),
+        ]
+        self.avg_pool.build(input_shape)
+        for layer, units in zip(self.fc, (channels, hidden, hidden, gates), strict=True):
+            layer.build((input_shape[0], 1, 1, units))
+
+    def gates(self, x):
+        """Return the gates, (batch, 1, 1, channels), each between 0 and 1."""
+        return run(self.fc, self.avg_pool(x))
+
+    def call(self, x):
+        return x * self.gates(x)
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self.output_dim or input_shape[-1])
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "output_dim": self.output_dim,
+            "expansion": self.expansion,
+        }
+
+
+@keras.saving.register_keras_serializable(package="gcvit")
+class ReduceSize(layers.Layer):
+    """Halve height and width and double the channels, with convolutions.
+
+    Normalize, refine with a fused MBConv and its residual, convolve 3x3 with stride 2,
+    normalize. The paper calls it the downsampler.
+
+    Shapes: (batch, height, width, channels) in, (batch, ⌈height/2⌉, ⌈width/2⌉,
+    2·channels) out.
+
+    Args:
+        keepdims: keep the number of channels instead of doubling it; default `False`.
+            Height and width are halved either way.
+
+    Raises:
+        ValueError: for an input that is not a feature map.
+
+    Source: paper, section 3; official `gc_vit.py`, `ReduceSize`.
+    """
+
+    def __init__(self, keepdims=False, **kwargs):
+        super().__init__(**kwargs)
+        self.keepdims = keepdims
+
+    def build(self, input_shape):
+        channels = feature_map_shape(self, input_shape)[-1]
+        self.output_channels = channels if self.keepdims else 2 * channels
+        dtype = self.dtype_policy
+        # 1e-5 is PyTorch's epsilon; Keras's default is 1e-3.
+        self.norm1 = layers.LayerNormalization(epsilon=1e-5, dtype=dtype, name="norm1")
+        self.pad1 = layers.ZeroPadding2D(1, dtype=dtype, name="pad1")
+        self.conv = fused_mbconv(channels, dtype)
+        # padding="same" with stride 2 would pad on one side only.
+        self.pad2 = layers.ZeroPadding2D(1, dtype=dtype, name="pad2")
+        self.reduction = layers.Conv2D(
+            self.output_channels, 3, strides=2, use_bias=False, dtype=dtype, name="reduction"
+        )
+        self.norm2 = layers.LayerNormalization(epsilon=1e-5, dtype=dtype, name="norm2")
+        for layer in (self.norm1, self.pad1, self.pad2, self.reduction):
+            layer.build(input_shape)
+        build_fused_mbconv(self.conv, input_shape)
+        self.norm2.build(self.compute_output_shape(input_shape))
+
+    def call(self, x):
+        x = self.norm1(x)
+        x = x + run(self.conv, self.pad1(x))
+        return self.norm2(self.reduction(self.pad2(x)))
+
+    def compute_output_shape(self, input_shape):
+        batch, height, width, channels = input_shape
+        halved = (None if side is None else (side + 1) // 2 for side in (height, width))
+        return (batch, *halved, channels if self.keepdims else 2 * channels)
+
+    def get_config(self):
+        return {**super().get_config(), "keepdims": self.keepdims}
+
+
+@keras.saving.register_keras_serializable(package="gcvit")
+class MLP(layers.Layer):
+    """Two dense layers with an activation between them, applied to each token alone.
+
+    Shapes: (..., channels) in, (..., `out_features`) out.
+
+    Args:
+        hidden_features: units of the first layer; default `None`: the input's channels.
+        out_features: units of the second layer; default `None`: the input's channels.
+        activation: activation between the two; default "gelu", the exact one.
+        dropout: dropout rate after each layer; default 0.
+
+    Source: paper, section 3.2 and equation 2; official `gc_vit.py`, `Mlp`.
+    """
+
+    def __init__(
+        self, hidden_features=None, out_features=None, activation="gelu", dropout=0.0, **kwargs
+    ):
+        super().__init__(**kwargs)
+        for name, value in (("hidden_features", hidden_features), ("out_features", out_features)):
+            if value is not None:
+                positive_whole(name, value)
+        self.hidden_features = hidden_features
+        self.out_features = out_features
+        self.activation = activation
+        self.dropout = dropout
+
+    def build(self, input_shape):
+        channels = input_shape[-1]
+        hidden = self.hidden_features or channels
+        dtype = self.dtype_policy
+        self.fc1 = layers.Dense(hidden, dtype=dtype, name="fc1")
+        self.act = layers.Activation(self.activation, dtype=dtype, name="act")
+        self.drop1 = layers.Dropout(self.dropout, dtype=dtype, name="drop1")
+        self.fc2 = layers.Dense(self.out_features or channels, dtype=dtype, name="fc2")
+        self.drop2 = layers.Dropout(self.dropout, dtype=dtype, name="drop2")
+        self.fc1.build(input_shape)
+        for layer in (self.act, self.drop1, self.fc2):
+            layer.build((*input_shape[:-1], hidden))
+        self.drop2.build(self.compute_output_shape(input_shape))
+
+    def call(self, x):
+        x = self.drop1(self.act(self.fc1(x)))
+        return self.drop2(self.fc2(x))
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self.out_features or input_shape[-1])
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "hidden_features": self.hidden_features,
+            "out_features": self.out_features,
+            "activation": keras.activations.serialize(keras.activations.get(self.activation)),
+            "dropout": self.dropout,
+        }

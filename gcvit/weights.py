@@ -1,0 +1,489 @@
+"""Chapter 7: checkpoints, read whole and checked before anything is assigned.
+
+Three kinds of names are understood: those of the Keras release archive, of the official
+PyTorch repository and of timm. Each is derived from the attribute path of a variable in
+the model, so that a file's tensors and the model's variables can be compared one by one.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from keras import layers, ops
+
+from gcvit.fetch import fetch
+from gcvit.global_tokens import bicubic_matrix
+
+PACKAGED = Path(__file__).parent / "checkpoints"
+"""Folder of the checkpoints that ship with the package."""
+
+
+class CheckpointError(ValueError):
+    """A file is not a whole and valid checkpoint of the model; the model is unchanged."""
+
+
+@dataclasses.dataclass
+class LoadReport:
+    """What `load_checkpoint` did.
+
+    Attributes:
+        naming: "release", "official" or "timm".
+        loaded: number of tensors assigned.
+        resized: names of the position tables that were resized to other windows.
+        skipped: names of the head's tensors that were left as they were.
+    """
+
+    naming: str
+    loaded: int
+    resized: list
+    skipped: list
+
+
+@dataclasses.dataclass
+class Slot:
+    """A variable of the model, and what each kind of checkpoint calls and how it lays it out."""
+
+    variable: object
+    names: dict
+    kind: str
+
+    @property
+    def is_head(self):
+        return self.names["official"].startswith("head.")
+
+    @property
+    def is_position_table(self):
+        return self.kind == "table"
+
+    def to_torch(self, value, naming):
+        """Lay a value out as PyTorch does: (out, in) and (out, in, height, width)."""
+        if self.kind == "dense":
+            value = value.T
+            if naming == "timm" and ".se." in self.names["timm"]:
+                value = value[:, :, None, None]
+        elif self.kind == "conv":
+            value = value.transpose(3, 2, 0, 1)
+        elif self.kind == "depthwise":
+            value = value.transpose(2, 3, 0, 1)
+        return value
+
+    def from_torch(self, value):
+        """Undo `to_torch`."""
+        if self.kind == "dense":
+            return value.reshape(value.shape[:2]).T
+        if self.kind == "conv":
+            return value.transpose(2, 3, 1, 0)
+        if self.kind == "depthwise":
+            return value.transpose(2, 3, 0, 1)
+        return value
+
+    def shape_in(self, naming):
+        """Return the shape that the tensor must have in a file."""
+        shape = tuple(self.variable.shape)
+        if naming == "release":
+            return shape
+        return self.to_torch(np.broadcast_to(np.float32(0), shape), naming).shape
+
+
+def _snake_case(name):
+    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+def _numbered(sublayers):
+    """Name the members of a list as Keras's archives do: class name and counter."""
+    seen = {}
+    for layer in sublayers:
+        name = _snake_case(type(layer).__name__)
+        count = seen[name] = seen.get(name, -1) + 1
+        yield f"{name}_{count}" if count else name, layer
+
+
+def _walk(layer, attribute, archive):
+    """Yield each layer below `layer` with its attribute path and its archive path."""
+    yield attribute, archive, layer
+    for name, value in sorted(vars(layer).items()):
+        if name.startswith("_"):
+            continue
+        if isinstance(value, layers.Layer):
+            yield from _walk(value, f"{attribute}.{name}", f"{archive}/{name}")
+        elif isinstance(value, (list, tuple)) and any(isinstance(v, layers.Layer) for v in value):
+            for i, (member, sub) in enumerate(_numbered(value)):
+                yield from _walk(sub, f"{attribute}.{name}.{i}", f"{archive}/{name}/{member}")
+
+
+def _walk_model(model):
+    paths = {id(model.patch_embed): "patch_embed", id(model.norm): "norm"}
+    paths |= {id(level): f"levels.{i}" for i, level in enumerate(model.levels)}
+    if model.include_top:
+        paths[id(model.head)] = "head"
+    for member, layer in _numbered(model.layers):
+        if id(layer) in paths:
+            attribute = paths[id(layer)]
+            yield from _walk(
+                layer, attribute, "head" if attribute == "head" else f"layers/{member}"
+            )
+
+
+def _own_variables(layer):
+    """Yield a layer's own variables as (position, name in a state dict, kind, variable)."""
+    if isinstance(layer, layers.LayerNormalization):
+        names = [("weight", "vector", layer.gamma), ("bias", "vector", layer.beta)]
+    elif isinstance(layer, (layers.Dense, layers.Conv2D, layers.DepthwiseConv2D)):
+        kind = "dense" if isinstance(layer, layers.Dense) else "conv"
+        kind = "depthwise" if isinstance(layer, layers.DepthwiseConv2D) else kind
+        names = [("weight", kind, layer.kernel)]
+        if layer.use_bias:
+            names.append(("bias", "vector", layer.bias))
+    elif hasattr(layer, "relative_position_bias_table"):
+        table = layer.relative_position_bias_table
+        names = [("relative_position_bias_table", "table", table)]
+    elif getattr(layer, "layer_scale", None) is not None and hasattr(layer, "gamma1"):
+        names = [("gamma1", "vector", layer.gamma1), ("gamma2", "vector", layer.gamma2)]
+    else:
+        names = []
+    for position, (name, kind, variable) in enumerate(names):
+        yield position, name, kind, variable
+
+
+_TIMM_NAMES = (
+    (r"^patch_embed\.proj", "stem.conv1"),
+    (r"^patch_embed\.conv_down", "stem.down"),
+    (r"^levels\.", "stages."),
+    (r"(stem\.down|downsample)\.conv\.", r"\1.conv_block.conv."),
+    (r"conv\.0\.", "conv_dw."),
+    (r"conv\.2\.fc\.0", "se.fc1"),
+    (r"conv\.2\.fc\.2", "se.fc2"),
+    (r"conv\.3\.", "conv_pw."),
+    (r"attn\.relative_position", "attn.rel_pos.relative_position"),
+    (r"gamma([12])$", r"ls\1.gamma"),
+    (r"^head\.", "head.fc."),
+)
+
+
+def _timm_name(official, last_level):
+    name = official
+    for pattern, new in _TIMM_NAMES:
+        name = re.sub(pattern, new, name)
+    # timm downsamples at the start of the next stage, and counts the generator from 1.
+    name = re.sub(
+        r"^stages\.(\d+)\.downsample", lambda m: f"stages.{int(m[1]) + 1}.downsample", name
+    )
+    name = re.sub(
+        r"q_global_gen\.to_q_global\.(\d+)",
+        lambda m: f"global_block.blocks.conv{int(m[1]) + 1}",
+        name,
+    )
+    return re.sub(r"^norm\.", f"stages.{last_level}.norm.", name)
+
+
+def slots(model):
+    """Return a `Slot` for every weight of a built model.
+
+    Args:
+        model: a `GCViT`.
+
+    Raises:
+        ValueError: if the model is not built yet.
+    """
+    if not model.built:
+        raise ValueError("Build the model before its weights are read or written.")
+    found = []
+    for attribute, archive, layer in _walk_model(model):
+        for position, name, kind, variable in _own_variables(layer):
+            official = f"{attribute}.{name}".replace(".down.", ".downsample.")
+            names = {
+                "release": f"{archive}/vars/{position}",
+                "official": official,
+                "timm": _timm_name(official, len(model.levels) - 1),
+            }
+            found.append(Slot(variable, names, kind))
+    return found
+
+
+# Reading: each reader returns {name: a thing with .shape, and a function that reads it}.
+
+
+@dataclasses.dataclass
+class _Tensor:
+    shape: tuple
+    read: object
+
+
+def _is_state_of_training(name):
+    """Tell whether an entry belongs to an optimizer, a metric or a random seed."""
+    return name.startswith(("optimizer/", "metrics/")) or "/seed/" in name or "seed_gen" in name
+
+
+def _read_h5(stream, limit):
+    import h5py
+
+    tensors = {}
+
+    def visit(group, prefix):
+        for key in group:
+            path = f"{prefix}{key}"
+            # A soft or external link could lead out of the file.
+            if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+                raise CheckpointError(f"{path} is a link; a checkpoint holds its tensors itself.")
+            item = group[key]
+            if isinstance(item, h5py.Group):
+                if path.count("/") > 32:
+                    raise CheckpointError(f"{path[:80]}… is nested too deeply for a checkpoint.")
+                visit(item, f"{path}/")
+            elif not _is_state_of_training(path):
+                if item.external or item.is_virtual:
+                    raise CheckpointError(f"{path} keeps its values in another file.")
+                if item.dtype.kind != "f" or item.nbytes > limit:
+                    raise CheckpointError(
+                        f"{path} should hold at most {limit:,} bytes of floating-point numbers; "
+                        f"it says {item.dtype} {item.shape}."
+                    )
+                tensors[path] = _Tensor(item.shape, lambda item=item: item[()])
+
+    visit(h5py.File(stream, "r"), "")
+    return tensors
+
+
+def _read_zip_member(path, name, limit):
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(name)
+        if info.file_size > limit:
+            raise CheckpointError(
+                f"{name} in {path} unpacks to {info.file_size:,} bytes; at most {limit:,} can "
+                "belong to this model."
+            )
+        return archive.read(info)  # zipfile checks the CRC as it reads
+
+
+def _read_torch(path, limit):
+    with zipfile.ZipFile(path) as archive:
+        total = sum(info.file_size for info in archive.infolist())
+        if total > limit or archive.testzip() is not None:
+            raise CheckpointError(
+                f"{path} is damaged, or unpacks to {total:,} bytes where at most {limit:,} can "
+                "belong to this model."
+            )
+    try:
+        import torch
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path} is a PyTorch checkpoint, which only PyTorch can read: pip install torch."
+        ) from error
+    # weights_only=True refuses a pickle that would run code.
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise CheckpointError(f"{path} does not hold a state dict of tensors.")
+    return {
+        name: _Tensor(tuple(value.shape), lambda value=value: value.float().numpy())
+        for name, value in state.items()
+        if not name.endswith("relative_position_index")  # a constant, not a weight
+    }
+
+
+def _read_safetensors(path):
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        return {
+            name: _Tensor(tuple(file.get_slice(name).get_shape()), lambda v=file.get_tensor(name): v)
+            for name in file.keys()
+            if not name.endswith("relative_position_index")
+        }
+
+
+def _read(path, limit):
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start.startswith(b"\x89HDF"):
+        if os.path.getsize(path) > limit:
+            raise CheckpointError(f"{path} is larger than this model's weights: over {limit:,} B.")
+        return _read_h5(io.BytesIO(Path(path).read_bytes()), limit)
+    if start.startswith(b"PK"):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if "model.weights.h5" in names:
+            return _read_h5(io.BytesIO(_read_zip_member(path, "model.weights.h5", limit)), limit)
+        if any(name.endswith("/data.pkl") for name in names):
+            return _read_torch(path, limit)
+        raise CheckpointError(
+            f"{path} is a zip file, but neither a Keras archive nor a PyTorch checkpoint; it "
+            f"holds {', '.join(names[:3]) or 'nothing'}."
+        )
+    if start[8:9] == b"{":
+        if os.path.getsize(path) > limit:
+            raise CheckpointError(f"{path} is larger than this model's weights: over {limit:,} B.")
+        return _read_safetensors(path)
+    shown = start.decode("latin-1").__repr__() if start else "nothing: it is empty"
+    raise CheckpointError(
+        f"{path} is no checkpoint that is known here (.keras, .weights.h5, .safetensors, "
+        f".pth.tar); it starts with {shown}."
+    )
+
+
+def _naming_of(names):
+    if any(name.startswith("stem.") for name in names):
+        return "timm"
+    if any("/vars/" in name for name in names):
+        return "release"
+    return "official"
+
+
+def _resized_table(table, shape):
+    """Resize a position table, (rows, heads), between square windows, bicubically."""
+    old, new = (int(round(rows**0.5)) for rows in (table.shape[0], shape[0]))
+    matrix = ops.convert_to_numpy(bicubic_matrix(old, new))
+    grid = table.reshape(old, old, -1)
+    return np.einsum("pi,ijh,qj->pqh", matrix, grid, matrix).reshape(shape)
+
+
+def _fits_by_resizing(slot, shape):
+    wanted = tuple(slot.variable.shape)
+    square = all(int(round(rows**0.5)) ** 2 == rows for rows in (shape[0], wanted[0]))
+    return slot.is_position_table and len(shape) == 2 and shape[1] == wanted[1] and square
+
+
+def _few(names):
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def load_checkpoint(model, path, skip_head_mismatch=False):
+    """Read a checkpoint into a model, all of it or nothing.
+
+    Args:
+        model: a built `GCViT`.
+        path: a `.keras` archive, `.weights.h5`, `.safetensors` or PyTorch file.
+        skip_head_mismatch: leave the head as it is where the file's has another number
+            of classes; default `False`.
+
+    Returns:
+        A `LoadReport`.
+
+    Raises:
+        CheckpointError: if the file is damaged or foreign, or a tensor is missing, not
+            expected, of another shape or not finite. The model is unchanged.
+        FileNotFoundError: if there is no such file.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no checkpoint file at {path}.")
+    wanted = slots(model)
+    # Twice the weights in 4-byte floats, and 2 MB for names: an optimizer's state is
+    # at most twice more.
+    limit = 4 * 4 * sum(int(np.prod(slot.variable.shape)) for slot in wanted) + 2_000_000
+    try:
+        tensors = _read(path, limit)
+        naming = _naming_of(tensors)
+        plan, report = _plan(wanted, tensors, naming, skip_head_mismatch, path)
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # whatever the parsers raise on a damaged file
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error}). It may be "
+            "a download that broke off: delete it and fetch it again."
+        ) from error
+    for slot, value in plan:
+        slot.variable.assign(value)
+    return report
+
+
+def _plan(wanted, tensors, naming, skip_head_mismatch, path):
+    by_name = {slot.names[naming]: slot for slot in wanted}
+    head = {name for name, slot in by_name.items() if slot.is_head}
+    report = LoadReport(naming, 0, [], [])
+    differs = {
+        name
+        for name in head
+        if name not in tensors or tuple(tensors[name].shape) != by_name[name].shape_in(naming)
+    }
+    if skip_head_mismatch and differs:
+        report.skipped = sorted(head)
+    missing = set(by_name) - set(tensors) - set(report.skipped)
+    extra = set(tensors) - set(by_name)
+    if not head:  # a model without its top takes a checkpoint with one
+        extra = {name for name in extra if not name.startswith("head")}
+    if missing or extra:
+        lines = [f"{path} is not a checkpoint of this model ({naming} names)."]
+        if missing:
+            lines.append(f"Missing: {_few(missing)}.")
+        if extra:
+            lines.append(f"Not expected: {_few(extra)}.")
+        raise CheckpointError(" ".join(lines))
+    plan = []
+    for name, slot in by_name.items():
+        if name in report.skipped:
+            continue
+        shape, expected = tuple(tensors[name].shape), slot.shape_in(naming)
+        resize = shape != expected and _fits_by_resizing(slot, shape)
+        if shape != expected and not resize:
+            hint = " For another number of classes, skip the head." if slot.is_head else ""
+            raise CheckpointError(
+                f"{name} in {path} has shape {shape}; this model wants {expected}.{hint}"
+            )
+        value = np.asarray(tensors[name].read(), dtype="float32")
+        if not np.isfinite(value).all():
+            raise CheckpointError(f"{name} in {path} holds values that are not finite.")
+        if naming != "release":
+            value = slot.from_torch(value)
+        if resize:
+            value = _resized_table(value, tuple(slot.variable.shape))
+            report.resized.append(name)
+        plan.append((slot, value))
+    report.loaded = len(plan)
+    return plan, report
+
+
+def save_safetensors(model, path, dtype="float32", metadata=None):
+    """Write a model's weights under the official names as `.safetensors`.
+
+    Args:
+        model: a built `GCViT`.
+        path: the file to write; it is replaced only when the new one is whole.
+        dtype: "float32", the default, or "float16", half the size.
+        metadata: a dict of strings to keep in the file's header.
+    """
+    from safetensors.numpy import save_file
+
+    tensors = {
+        slot.names["official"]: np.ascontiguousarray(
+            slot.to_torch(ops.convert_to_numpy(slot.variable), "official").astype(dtype)
+        )
+        for slot in slots(model)
+    }
+    unfinished = f"{os.fspath(path)}.{os.getpid()}.part"
+    save_file(tensors, unfinished, metadata=metadata)
+    os.replace(unfinished, path)
+
+
+def looks_like_path(weights):
+    """Tell whether `weights` names a file rather than an entry of a preset."""
+    return os.path.dirname(weights) != "" or os.path.splitext(weights)[1] != ""
+
+
+def locate(entry, name):
+    """Return the path of a preset's checkpoint, fetching it where it does not ship.
+
+    Args:
+        entry: one of the entries of `PRESETS[...]["weights"]`.
+        name: what to call the file in the cache; its ending follows the address.
+
+    Raises:
+        gcvit.FetchError: if it cannot be fetched.
+    """
+    if "file" in entry:
+        return PACKAGED / entry["file"]
+    return fetch(entry["url"], size=entry["size"], sha256=entry["sha256"])
+
+
+def training_notes(path):
+    """Return what a `.safetensors` checkpoint says of its own making, as a dict."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)).get("__metadata__", {})
