@@ -133,10 +133,12 @@ class WindowAttention(layers.Layer):
         tokens = len(self.position_index)
         split = (batch, -1, tokens, self.qkv_size, self.num_heads, self.head_dim)
         parts = ops.transpose(ops.reshape(self.qkv(x), split), (3, 0, 1, 4, 2, 5))
+        # The gradient of unstack is one stack; that of three slices is three padded maps.
+        parts = ops.unstack(parts, self.qkv_size, axis=0)
         if q_global is None:
-            return parts[0], parts[1], parts[2]
+            return tuple(parts)
         q = ops.reshape(q_global, (batch, 1, tokens, self.num_heads, self.head_dim))
-        return ops.transpose(q, (0, 1, 3, 2, 4)), parts[0], parts[1]
+        return ops.transpose(q, (0, 1, 3, 2, 4)), *parts
 
     def weights_of(self, q, k):
         """Return the attention weights, (batch, windows, heads, query tokens, key tokens)."""

@@ -65,6 +65,16 @@ def drop_path(rate, dtype=None):
     return DropPath(rate, dtype=dtype)
 
 
+def _scaled(gamma, x):
+    return x if gamma is None else gamma * x
+
+
+def _same(size, other):
+    """Tell whether two sizes are known and equal; a side that is not known yet is a tensor."""
+    known = all(isinstance(side, int) for side in (*size, *other))
+    return known and tuple(size) == tuple(other)
+
+
 @keras.saving.register_keras_serializable(package="gcvit")
 class Block(layers.Layer):
     """One transformer block on windows: attention plus residual, MLP plus residual.
@@ -154,15 +164,15 @@ class Block(layers.Layer):
         for layer in (self.norm1, self.drop_path1, self.norm2, self.drop_path2, self.mlp):
             layer.build(x_shape)
         self.attn.build((None, h * w, channels), q_global_shape)
-        self.gamma1 = self.gamma2 = 1.0
+        self.gamma1 = self.gamma2 = None
         if self.layer_scale is not None:
             start = keras.initializers.Constant(self.layer_scale)
             self.gamma1 = self.add_weight(name="gamma1", shape=(channels,), initializer=start)
             self.gamma2 = self.add_weight(name="gamma2", shape=(channels,), initializer=start)
 
     def call(self, x, q_global=None):
-        x = x + self.drop_path1(self.gamma1 * self._attend(self.norm1(x), q_global))
-        return x + self.drop_path2(self.gamma2 * self.mlp(self.norm2(x)))
+        x = x + self.drop_path1(_scaled(self.gamma1, self._attend(self.norm1(x), q_global)))
+        return x + self.drop_path2(_scaled(self.gamma2, self.mlp(self.norm2(x))))
 
     def windows(self, x):
         """Cut a normalized map into windows of tokens, padded where they do not fit.
@@ -173,19 +183,17 @@ class Block(layers.Layer):
         """
         h, w = self.window_size
         _, height, width, channels = ops.shape(x)
-        below, right = -height % h, -width % w
-        # Sides that are not known until the model runs are tensors here.
-        if not (isinstance(below, int) and isinstance(right, int) and below == right == 0):
-            x = ops.pad(x, [[0, 0], [0, below], [0, right], [0, 0]])
-        tokens = ops.reshape(window_partition(x, (h, w)), (-1, h * w, channels))
-        return tokens, (height + below, width + right)
+        padded = (height + -height % h, width + -width % w)
+        if not _same(padded, (height, width)):
+            x = ops.pad(x, [[0, 0], [0, padded[0] - height], [0, padded[1] - width], [0, 0]])
+        return ops.reshape(window_partition(x, (h, w)), (-1, h * w, channels)), padded
 
     def _attend(self, x, q_global):
         _, height, width, channels = ops.shape(x)
         tokens, padded = self.windows(x)
         tokens = self.attn(tokens, q_global) if self.global_query else self.attn(tokens)
         x = window_reverse(tokens, self.window_size, *padded, channels)
-        return x[:, :height, :width]
+        return x if _same(padded, (height, width)) else x[:, :height, :width]
 
     def compute_output_shape(self, x_shape, q_global_shape=None):
         return tuple(x_shape)

@@ -143,7 +143,7 @@ def _own_variables(layer):
     elif hasattr(layer, "relative_position_bias_table"):
         table = layer.relative_position_bias_table
         names = [("relative_position_bias_table", "table", table)]
-    elif getattr(layer, "layer_scale", None) is not None and hasattr(layer, "gamma1"):
+    elif getattr(layer, "gamma1", None) is not None:
         names = [("gamma1", "vector", layer.gamma1), ("gamma2", "vector", layer.gamma2)]
     else:
         names = []
