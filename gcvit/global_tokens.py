@@ -5,7 +5,7 @@ import numpy as np
 from keras import layers, ops
 
 from gcvit.checks import feature_map_shape
-from gcvit.unit_blocks import build_fused_mbconv, fused_mbconv, run
+from gcvit.unit_blocks import build_fused_mbconv, fused_mbconv, padded, run
 
 
 def bicubic_matrix(size_in, size_out):
@@ -81,7 +81,7 @@ class FeatureExtraction(layers.Layer):
         build_fused_mbconv(self.conv, input_shape)
         if not self.keepdims:
             self.pool = layers.MaxPooling2D(3, strides=2, dtype=dtype, name="pool")
-            self.pool.build(input_shape)
+            self.pool.build(padded(input_shape))
 
     def call(self, x):
         x = x + run(self.conv, self.pad1(x))

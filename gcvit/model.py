@@ -287,6 +287,21 @@ class GCViT(keras.Model):
         """
         return self.build_graph(input_shape).summary(**kwargs)
 
+    def load_weights(self, filepath, skip_mismatch=False, **kwargs):
+        """Read a checkpoint, all of it or nothing. Keras's own loader can stop half-way.
+
+        Args:
+            filepath: see `gcvit.load_checkpoint`.
+            skip_mismatch: leave a head of another size as it is; default `False`.
+            **kwargs: none; taken so that an unknown one gets a `TypeError` by its name.
+
+        Raises:
+            gcvit.CheckpointError: if the file is not this model's; nothing is changed.
+        """
+        if kwargs:
+            raise TypeError(f"GCViT.load_weights does not take {', '.join(kwargs)}.")
+        checkpoints.load_checkpoint(self, filepath, skip_head_mismatch=skip_mismatch)
+
     def get_config(self):
         return {
             **super().get_config(),

@@ -43,7 +43,15 @@ def _timm(name):
 
 PRESETS = {
     "gcvit_xxtiny": _variant(
-        64, (2, 2, 6, 2), 2, 3.0, 0.2, None, 11_995_428, 79.9, 2.1,
+        64,
+        (2, 2, 6, 2),
+        2,
+        3.0,
+        0.2,
+        None,
+        11_995_428,
+        79.9,
+        2.1,
         weights={
             "imagenet": {
                 "format": "release",
@@ -57,7 +65,15 @@ PRESETS = {
         },
     ),
     "gcvit_xtiny": _variant(
-        64, (3, 4, 6, 5), 2, 3.0, 0.2, None, 19_981_294, 82.0, 2.6,
+        64,
+        (3, 4, 6, 5),
+        2,
+        3.0,
+        0.2,
+        None,
+        19_981_294,
+        82.0,
+        2.6,
         weights={
             "official": _official(
                 "gcvit_1k_xtiny",
@@ -67,7 +83,15 @@ PRESETS = {
         },
     ),
     "gcvit_tiny": _variant(
-        64, (3, 4, 19, 5), 2, 3.0, 0.2, None, 28_221_974, 83.5, 4.7,
+        64,
+        (3, 4, 19, 5),
+        2,
+        3.0,
+        0.2,
+        None,
+        28_221_974,
+        83.5,
+        4.7,
         weights={
             "official": _official(
                 "gcvit_1k_tiny",
@@ -77,7 +101,15 @@ PRESETS = {
         },
     ),
     "gcvit_tiny2": _variant(
-        64, (3, 4, 29, 5), 2, 3.0, 0.25, None, None, 83.7, 5.5,
+        64,
+        (3, 4, 29, 5),
+        2,
+        3.0,
+        0.25,
+        None,
+        None,
+        83.7,
+        5.5,
         weights={
             "official": _official(
                 "gcvit_1k_tiny2",
@@ -86,11 +118,27 @@ PRESETS = {
         },
     ),
     "gcvit_small": _variant(
-        96, (3, 4, 19, 5), 3, 2.0, 0.3, 1e-5, 51_092_173, 84.3, 8.5,
+        96,
+        (3, 4, 19, 5),
+        3,
+        2.0,
+        0.3,
+        1e-5,
+        51_092_173,
+        84.3,
+        8.5,
         weights={"official": _official("gcvit_1k_small"), "timm": _timm("small")},
     ),
     "gcvit_small2": _variant(
-        96, (3, 4, 23, 5), 3, 3.0, 0.35, 1e-5, None, 84.8, 10.7,
+        96,
+        (3, 4, 23, 5),
+        3,
+        3.0,
+        0.35,
+        1e-5,
+        None,
+        84.8,
+        10.7,
         weights={
             "official": _official(
                 "gcvit_1k_small2",
@@ -99,7 +147,15 @@ PRESETS = {
         },
     ),
     "gcvit_base": _variant(
-        128, (3, 4, 19, 5), 4, 2.0, 0.5, 1e-5, 90_320_836, 85.0, 14.8,
+        128,
+        (3, 4, 19, 5),
+        4,
+        2.0,
+        0.5,
+        1e-5,
+        90_320_836,
+        85.0,
+        14.8,
         weights={
             "official": _official(
                 "gcvit_1k_base",
@@ -109,7 +165,15 @@ PRESETS = {
         },
     ),
     "gcvit_large": _variant(
-        192, (3, 4, 19, 5), 6, 2.0, 0.5, 1e-5, 202_075_570, 85.7, 32.6,
+        192,
+        (3, 4, 19, 5),
+        6,
+        2.0,
+        0.5,
+        1e-5,
+        202_075_570,
+        85.7,
+        32.6,
         weights={
             "official": _official(
                 "gcvit_1k_large",
@@ -120,21 +184,54 @@ PRESETS = {
     ),
 }
 PRESETS["gcvit_large_384"] = _variant(
-    192, (3, 4, 19, 5), 6, 2.0, 0.5, 1e-5, None, 87.4, None,
+    192,
+    (3, 4, 19, 5),
+    6,
+    2.0,
+    0.5,
+    1e-5,
+    None,
+    87.4,
+    None,
     image_size=384,
     weights={"official_21k": _official("gcvit_21k_large_384")},
 )
 PRESETS["gcvit_large_384"]["config"]["window_size"] = (12, 12, 24, 12)
 PRESETS["gcvit_large_512"] = _variant(
-    192, (3, 4, 19, 5), 6, 2.0, 0.5, 1e-5, None, 87.6, None,
+    192,
+    (3, 4, 19, 5),
+    6,
+    2.0,
+    0.5,
+    1e-5,
+    None,
+    87.6,
+    None,
     image_size=512,
     weights={"official_21k": _official("gcvit_21k_large_512")},
 )
 PRESETS["gcvit_large_512"]["config"]["window_size"] = (16, 16, 32, 16)
 PRESETS["gcvit_nano"] = _variant(
-    24, (2, 2, 6, 2), 1, 3.0, 0.1, None, None, None, None,
+    24,
+    (2, 2, 6, 2),
+    1,
+    3.0,
+    0.1,
+    None,
+    None,
+    None,
+    None,
     image_size=128,
     license="MIT",
+    # Trained by tools/train_nano.py on the training split of tf_flowers.
+    weights={
+        "flowers": {
+            "format": "official",
+            "file": "gcvit_nano-flowers.safetensors",
+            "size": 3_294_546,
+            "sha256": None,
+        },
+    },
 )
 PRESETS["gcvit_nano"]["config"].update(
     window_size=(4, 4, 8, 4), num_heads=(2, 4, 8, 16), num_classes=5

@@ -4,7 +4,7 @@ import keras
 from keras import layers
 
 from gcvit.checks import feature_map_shape, positive_whole
-from gcvit.unit_blocks import ReduceSize
+from gcvit.unit_blocks import ReduceSize, padded
 
 
 @keras.saving.register_keras_serializable(package="gcvit")
@@ -36,7 +36,7 @@ class PatchEmbed(layers.Layer):
     def build(self, input_shape):
         feature_map_shape(self, input_shape)
         self.pad.build(input_shape)
-        self.proj.build(input_shape)
+        self.proj.build(padded(input_shape))
         self.conv_down.build(self._halved(input_shape))
 
     def call(self, x):

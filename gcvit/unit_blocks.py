@@ -37,9 +37,18 @@ def fused_mbconv(channels, dtype=None):
 
 
 def build_fused_mbconv(conv, shape):
-    """Build the layers of `fused_mbconv` for a (batch, height, width, channels) shape."""
-    for layer in conv:
+    """Build the layers of `fused_mbconv` for a map of a (batch, height, width, channels) shape."""
+    depthwise, *rest = conv
+    depthwise.build(padded(shape))
+    for layer in rest:
         layer.build(shape)
+
+
+def padded(shape):
+    """Return the shape of a map with one pixel more on each of its four sides."""
+    batch, height, width, channels = shape
+    sides = (None if side is None else side + 2 for side in (height, width))
+    return (batch, *sides, channels)
 
 
 @keras.saving.register_keras_serializable(package="gcvit")
@@ -147,8 +156,9 @@ class ReduceSize(layers.Layer):
             self.output_channels, 3, strides=2, use_bias=False, dtype=dtype, name="reduction"
         )
         self.norm2 = layers.LayerNormalization(epsilon=1e-5, dtype=dtype, name="norm2")
-        for layer in (self.norm1, self.pad1, self.pad2, self.reduction):
+        for layer in (self.norm1, self.pad1, self.pad2):
             layer.build(input_shape)
+        self.reduction.build(padded(input_shape))
         build_fused_mbconv(self.conv, input_shape)
         self.norm2.build(self.compute_output_shape(input_shape))
 

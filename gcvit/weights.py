@@ -288,14 +288,13 @@ def _read_torch(path, limit):
 
 
 def _read_safetensors(path):
-    from safetensors import safe_open
+    from safetensors.numpy import load_file
 
-    with safe_open(path, framework="np") as file:
-        return {
-            name: _Tensor(tuple(file.get_slice(name).get_shape()), lambda v=file.get_tensor(name): v)
-            for name in file.keys()
-            if not name.endswith("relative_position_index")
-        }
+    return {
+        name: _Tensor(value.shape, lambda value=value: value)
+        for name, value in load_file(path).items()
+        if not name.endswith("relative_position_index")
+    }
 
 
 def _read(path, limit):
@@ -375,8 +374,8 @@ def load_checkpoint(model, path, skip_head_mismatch=False):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no checkpoint file at {path}.")
     wanted = slots(model)
-    # Twice the weights in 4-byte floats, and 2 MB for names: an optimizer's state is
-    # at most twice more.
+    # Bytes that a file can have: the weights, an optimizer's two moments, an average of the
+    # weights, each in 4-byte floats, and 2 MB for the names.
     limit = 4 * 4 * sum(int(np.prod(slot.variable.shape)) for slot in wanted) + 2_000_000
     try:
         tensors = _read(path, limit)
@@ -427,7 +426,10 @@ def _plan(wanted, tensors, naming, skip_head_mismatch, path):
             raise CheckpointError(
                 f"{name} in {path} has shape {shape}; this model wants {expected}.{hint}"
             )
-        value = np.asarray(tensors[name].read(), dtype="float32")
+        value = np.asarray(tensors[name].read())
+        if value.dtype.kind != "f":
+            raise CheckpointError(f"{name} in {path} holds {value.dtype}, not floating point.")
+        value = value.astype("float32")
         if not np.isfinite(value).all():
             raise CheckpointError(f"{name} in {path} holds values that are not finite.")
         if naming != "release":

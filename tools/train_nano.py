@@ -62,7 +62,8 @@ def train(photos, phase, start, batch_size, path):
     saved = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: print(
             f"{phase['image_size']} px, epoch {epoch + 1}/{phase['epochs']}: "
-            f"accuracy {logs['accuracy']:.4f}, {time.time() - began:.0f} s", flush=True
+            f"accuracy {logs['accuracy']:.4f}, {time.time() - began:.0f} s",
+            flush=True,
         )
     )
     model.fit(batches, epochs=phase["epochs"], callbacks=[saved], verbose=0)
@@ -70,8 +71,12 @@ def train(photos, phase, start, batch_size, path):
     loss, accuracy = model.evaluate(validation, verbose=0)
     print(f"{phase['image_size']} px: validation accuracy {accuracy:.4f}", flush=True)
     save_safetensors(model, path)
-    return model, {**phase, "minutes": round((time.time() - began) / 60, 1),
-                   "validation_loss": loss, "validation_accuracy": accuracy}
+    return model, {
+        **phase,
+        "minutes": round((time.time() - began) / 60, 1),
+        "validation_loss": loss,
+        "validation_accuracy": accuracy,
+    }
 
 
 def main():

@@ -1,0 +1,194 @@
+"""What the chapters look into a model with: its attention, its maps, its gradients."""
+
+import inspect
+
+import keras
+import numpy as np
+from keras import ops
+
+from gcvit.fetch import FetchError
+from gcvit.model import GCViT
+from gcvit.presets import PRESETS
+
+
+def photograph(size=224):
+    """Return the book's photograph, Chelsea the cat, as a square.
+
+    Args:
+        size: side in pixels; default 224.
+
+    Returns:
+        (size, size, 3) float32, 0 to 255. The square is cut from the middle.
+    """
+    from skimage.data import chelsea
+
+    image = chelsea()
+    left = (image.shape[1] - image.shape[0]) // 2
+    square = image[:, left : left + image.shape[0]].astype("float32")
+    resized = ops.image.resize(square, (size, size), interpolation="bicubic", antialias=True)
+    return np.clip(ops.convert_to_numpy(resized), 0, 255)
+
+
+def trained_model(image_size=None):
+    """Return a model with trained weights, and a sentence that says which.
+
+    The ImageNet weights of `gcvit_xxtiny` where they can be had, else the checkpoint that
+    ships with the package, `gcvit_nano` trained on flowers. Never random weights.
+
+    Args:
+        image_size: see `GCViT.from_preset`; default: the preset's own.
+
+    Returns:
+        (model, side of the images it is for in pixels, sentence).
+    """
+    try:
+        preset, weights = "gcvit_xxtiny", "imagenet"
+        model = GCViT.from_preset(preset, weights, image_size=image_size)
+        said = "The model is gcvit_xxtiny with ImageNet weights."
+    except FetchError:
+        preset, weights = "gcvit_nano", "flowers"
+        model = GCViT.from_preset(preset, weights, image_size=image_size)
+        said = (
+            "The ImageNet weights cannot be reached from here, so the model is gcvit_nano, "
+            "which ships with this book and was trained on photographs of flowers."
+        )
+    return model, image_size or PRESETS[preset]["image_size"], said
+
+
+def source(thing):
+    """Return the source of a class or function, as it is installed, as text."""
+    return inspect.getsource(thing)
+
+
+def block_inputs(model, images, level):
+    """Return what each block of a level is given.
+
+    Args:
+        model: a built `GCViT`.
+        images: (batch, height, width, channels), normalized.
+        level: index of the level.
+
+    Returns:
+        The maps that enter the blocks, one for each block, and the global query.
+    """
+    x = model.patch_embed(images)
+    for before in model.levels[:level]:
+        x = before(x)
+    stage = model.levels[level]
+    q_global = stage.q_global(x)
+    maps = []
+    for block in stage.blocks:
+        maps.append(x)
+        x = block(x, q_global) if block.global_query else block(x)
+    return maps, q_global
+
+
+def attention_weights(model, images, level, block):
+    """Return what the tokens of each window attend to in one block.
+
+    Args:
+        model: a built `GCViT`.
+        images: (batch, height, width, channels), normalized.
+        level: index of the level.
+        block: index of the block; even ones are local, odd ones global.
+
+    Returns:
+        NumPy array (batch, window rows, window columns, heads, tokens, tokens): the last
+        axis but one is the query token, the last the key token, and sums to 1.
+    """
+    maps, q_global = block_inputs(model, images, level)
+    layer = model.levels[level].blocks[block]
+    x = layer.norm1(maps[block])
+    tokens, (height, width) = layer.windows(x)
+    query = (q_global,) if layer.global_query else ()
+    weights = ops.convert_to_numpy(layer.attn.attention_weights(tokens, *query))
+    h, w = layer.window_size
+    return weights.reshape(x.shape[0], height // h, width // w, *weights.shape[1:])
+
+
+def input_gradient(function, x):
+    """Return the gradient of a scalar function of an array, on any backend.
+
+    Args:
+        function: takes a tensor like `x`, returns a scalar tensor.
+        x: an array.
+
+    Returns:
+        NumPy array of the shape of `x`.
+    """
+    backend = keras.backend.backend()
+    x = ops.convert_to_tensor(x)
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = function(x)
+        gradient = tape.gradient(value, x)
+    elif backend == "jax":
+        import jax
+
+        gradient = jax.grad(function)(x)
+    else:
+        x = x.clone().requires_grad_(True)
+        function(x).backward()
+        gradient = x.grad
+    return ops.convert_to_numpy(gradient)
+
+
+def pixels_read(function, x, place):
+    """Return how strongly one output position depends on each input position.
+
+    Args:
+        function: takes a tensor like `x`, returns a map, (1, rows, columns, channels).
+        x: (1, height, width, channels).
+        place: (row, column) of the output position.
+
+    Returns:
+        NumPy array (height, width): the size of the gradient, summed over the input's
+        channels; 0 where nothing is read.
+    """
+
+    def mixture(tensor):
+        # The plain sum of channels that leave a normalization is constant: mix them.
+        channels = function(tensor)[0, place[0], place[1]]
+        weights = np.random.default_rng(0).normal(size=channels.shape[-1])
+        return ops.sum(channels * ops.cast(weights, channels.dtype))
+
+    return np.abs(input_gradient(mixture, x)).sum(axis=(0, -1))
+
+
+def trace(model, image_size):
+    """Return the shapes that an image takes on its way through a model, layer by layer.
+
+    Args:
+        model: a built `GCViT` with pooling and head.
+        image_size: side of the image in pixels, or its (height, width).
+
+    Returns:
+        A dict: "image", "stem", "norm", "pool" and "head" are shapes without the batch.
+        "levels" lists a dict for each level: "map", the shape that its blocks keep;
+        "q_global"; "global_query", a flag for each block; "window" and "windows", the
+        window's size and number; "heads"; and "out", the shape that leaves the level.
+    """
+    sides = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size,) * 2
+    images = keras.Input((*sides, model.in_channels))
+    x = model.patch_embed(images)
+    traced = {"image": images.shape[1:], "stem": x.shape[1:], "levels": []}
+    for level in model.levels:
+        _, padded = level.blocks[0].windows(x)
+        (height, width), (h, w) = padded, level.window_size
+        found = {
+            "map": x.shape[1:],
+            "q_global": level.q_global(x).shape[1:],
+            "global_query": [block.global_query for block in level.blocks],
+            "window": (h, w),
+            "windows": (height // h) * (width // w),
+            "heads": level.num_heads,
+        }
+        x = level(x)
+        traced["levels"].append({**found, "out": x.shape[1:]})
+    for name in ("norm", "pool", "head"):
+        x = getattr(model, name)(x)
+        traced[name] = x.shape[1:]
+    return traced

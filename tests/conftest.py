@@ -1,0 +1,91 @@
+"""What several test files share: the fixtures' model and the numbers it must give."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import pytest
+
+from gcvit import GCViT
+from gcvit.weights import save_safetensors
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SMALL = {
+    "window_size": (7, 7, 14, 7),
+    "embed_dim": 16,
+    "depths": (2, 2, 2, 2),
+    "num_heads": (1, 2, 4, 8),
+    "mlp_ratio": 3.0,
+    "num_classes": 10,
+}
+
+
+def to_numpy(x):
+    return keras.ops.convert_to_numpy(x)
+
+
+def small_model(**overrides):
+    """Build the model that the fixtures were made with, at 224 px, with random weights."""
+    model = GCViT(**{**SMALL, "head_activation": None, **overrides})
+    model.build((None, 224, 224, 3))
+    return model
+
+
+def state_of(npz):
+    return {name[6:]: npz[name] for name in npz.files if name.startswith("state/")}
+
+
+def write_safetensors(path, state):
+    from safetensors.numpy import save_file
+
+    save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, path)
+
+
+def weights_of(model):
+    return [to_numpy(variable) for variable in model.weights]
+
+
+def same_weights(model, before):
+    return all(
+        np.array_equal(to_numpy(now), then)
+        for now, then in zip(model.weights, before, strict=True)
+    )
+
+
+@pytest.fixture(scope="session")
+def timm_small():
+    return np.load(FIXTURES / "timm_small.npz")
+
+
+@pytest.fixture(scope="session")
+def timm_file(timm_small, tmp_path_factory):
+    """The fixture's state dict as the .safetensors file that timm publishes."""
+    path = tmp_path_factory.mktemp("timm") / "model.safetensors"
+    write_safetensors(path, state_of(timm_small))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_images(timm_small):
+    return timm_small["input"].astype("float32")
+
+
+@pytest.fixture(scope="session")
+def official_file(timm_file, tmp_path_factory):
+    """The same weights under the official repository's names."""
+    from gcvit import load_checkpoint
+
+    model = small_model()
+    load_checkpoint(model, timm_file)
+    path = tmp_path_factory.mktemp("official") / "official.safetensors"
+    save_safetensors(model, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def xxtiny_layout():
+    return json.loads((FIXTURES / "release_layout_xxtiny.json").read_text())

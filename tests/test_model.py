@@ -1,0 +1,199 @@
+import contextlib
+import io
+
+import keras
+import numpy as np
+import pytest
+from conftest import small_model, to_numpy
+
+from gcvit import PRESETS, GCViT, load_checkpoint
+from gcvit.model import scaled_windows
+
+pytestmark = pytest.mark.numerics
+RNG = np.random.default_rng(5)
+
+
+@pytest.fixture(scope="module")
+def model(timm_file):
+    model = small_model()
+    load_checkpoint(model, timm_file)
+    return model
+
+
+def test_logits_agree_with_timm(model, timm_small, small_images):
+    logits = to_numpy(model(small_images))
+    np.testing.assert_allclose(logits, timm_small["logits"], atol=2e-5)
+    np.testing.assert_allclose(
+        model.predict(small_images, verbose=0), timm_small["logits"], atol=2e-5
+    )
+
+
+def test_maps_of_the_stages_agree_with_timm(model, timm_small, small_images):
+    maps = model.features(small_images)
+    for i in (1, 2, 3):
+        np.testing.assert_allclose(
+            to_numpy(maps[f"stage_{i}"]), timm_small[f"features/stage_{i}"], atol=2e-5
+        )
+
+
+def test_layer_scale_agrees_with_timm(tmp_path, small_images):
+    from conftest import FIXTURES, state_of, write_safetensors
+
+    fixture = np.load(FIXTURES / "timm_small_layer_scale.npz")
+    write_safetensors(tmp_path / "m.safetensors", state_of(fixture))
+    model = small_model(layer_scale=0.5)
+    load_checkpoint(model, tmp_path / "m.safetensors")
+    np.testing.assert_allclose(
+        to_numpy(model(small_images)), fixture["logits"], atol=2e-5
+    )
+
+
+def test_a_picture_does_not_depend_on_its_batch(model, small_images):
+    both = to_numpy(model(small_images))
+    turned = to_numpy(model(small_images[::-1]))[::-1]
+    alone = np.concatenate([to_numpy(model(small_images[i : i + 1])) for i in (0, 1)])
+    np.testing.assert_allclose(both, turned, atol=5e-6)
+    np.testing.assert_allclose(both, alone, atol=5e-6)
+
+
+def test_evaluation_is_deterministic_and_training_is_not(model, small_images):
+    first, second = (to_numpy(model(small_images, training=False)) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    trained = small_model(path_drop=0.5)
+    keras.utils.set_random_seed(0)
+    first, second = (to_numpy(trained(small_images, training=True)) for _ in range(2))
+    assert np.abs(first - second).max() > 1e-4
+
+
+@pytest.mark.parametrize("size", [(32, 32), (97, 61), (224, 320)])
+def test_any_size_from_32_px(model, size):
+    images = RNG.normal(size=(1, *size, 3)).astype("float32")
+    assert tuple(model(images).shape) == (1, 10)
+    sides = [[-(-side // stride) for side in size] for stride in (4, 8, 16, 32)]
+    maps = model.features(images)
+    assert [list(value.shape[1:3]) for value in maps.values()] == sides
+
+
+def test_sizes_unknown_when_built_give_the_same(model, small_images, timm_file):
+    unknown = GCViT.from_config(model.get_config())
+    unknown.build((None, None, None, 3))
+    load_checkpoint(unknown, timm_file)
+    np.testing.assert_array_equal(to_numpy(unknown(small_images)), to_numpy(model(small_images)))
+    graph = unknown.build_graph((None, None, 3))
+    for size in (224, 75):
+        images = small_images[:, :size, :size]
+        np.testing.assert_allclose(
+            graph.predict(images, verbose=0), to_numpy(model(images)), atol=2e-5
+        )
+
+
+def test_windows_scaled_to_224_px_are_the_presets():
+    windows = GCViT.from_preset("gcvit_xxtiny", weights=None, image_size=224).window_size
+    assert windows == ((7, 7), (7, 7), (14, 14), (7, 7))
+    assert scaled_windows((384, 512)) == ((12, 16), (12, 16), (24, 32), (12, 16))
+    with pytest.raises(ValueError, match="multiples of 32; got 230 x 230 px"):
+        scaled_windows(230)
+
+
+def test_summary_is_the_published_table():
+    model = GCViT.from_preset("gcvit_xxtiny", weights=None)
+    lines = io.StringIO()
+    with contextlib.redirect_stdout(lines):
+        model.summary(print_fn=lambda line: print(line))
+    table = lines.getvalue()
+    rows = {
+        "patch_embed": ("(None, 56, 56, 64)", "45,632"),
+        "levels_0": ("(None, 28, 28, 128)", "180,964"),
+        "levels_1": ("(None, 14, 14, 256)", "688,456"),
+        "levels_2": ("(None, 7, 7, 512)", "5,170,608"),
+        "levels_3": ("(None, 7, 7, 512)", "5,395,744"),
+        "norm": ("(None, 7, 7, 512)", "1,024"),
+        "pool": ("(None, 512)", "0"),
+        "head": ("(None, 1000)", "513,000"),
+    }
+    for name, cells in rows.items():
+        row = next(line for line in table.splitlines() if f" {name} " in line)
+        assert all(cell in row for cell in cells), row
+    assert "11,995,428" in table
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if PRESETS[name]["parameters"]])
+def test_parameters_of_the_presets(name):
+    if PRESETS[name]["parameters"] > 60e6 and keras.backend.backend() != "tensorflow":
+        pytest.skip("counted on TensorFlow")
+    assert GCViT.from_preset(name, weights=None).count_params() == PRESETS[name]["parameters"]
+
+
+def test_without_top(small_images):
+    pooled = small_model(include_top=False)
+    assert tuple(pooled(small_images).shape) == (2, 128)
+    maps = small_model(include_top=False, pooling=None)
+    assert tuple(maps(small_images).shape) == (2, 7, 7, 128)
+
+
+def test_every_layer_is_built_and_used(small_images):
+    model = small_model()
+    assert all(layer.built for layer in model._flatten_layers())
+    made = {id(layer) for layer in model._flatten_layers()}
+    called = set()
+    call = keras.layers.Layer.__call__
+
+    def noted(self, *args, **kwargs):
+        called.add(id(self))
+        return call(self, *args, **kwargs)
+
+    keras.layers.Layer.__call__ = noted
+    try:
+        model(small_images)
+    finally:
+        keras.layers.Layer.__call__ = call
+    assert made <= called
+
+
+def test_save_and_load(model, tmp_path, small_images):
+    model.save(tmp_path / "model.keras")
+    twin = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(
+        to_numpy(twin(small_images)), to_numpy(model(small_images)), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_half_precision_stays_near(model, small_images, policy, timm_file):
+    half = small_model(dtype=policy)
+    load_checkpoint(half, timm_file)
+    logits = to_numpy(half(small_images))
+    assert logits.dtype == np.float32
+    exact = to_numpy(model(small_images))
+    limit = 0.1 if policy == "mixed_bfloat16" else 0.02
+    assert np.abs(logits - exact).max() < limit * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: m(np.zeros((1, 31, 224, 3))), "at least 32 px a side; got height 31"),
+        (lambda m: m(np.zeros((224, 224, 3))), r"rank 4; got shape \(224, 224, 3\), rank 3"),
+        (lambda m: m(np.zeros((1, 3, 224, 224))), r"3 channels in the last axis; got 224"),
+        (lambda m: m(np.zeros((1, 224, 224, 1))), r"3 channels in the last axis; got 1"),
+        (lambda m: m.features(np.zeros((1, 16, 16, 3))), "at least 32 px"),
+        (lambda m: small_model(num_heads=(1, 2, 4)), "'num_heads': 3"),
+        (lambda m: small_model(depths=2), "depths must list a value for each level; got 2"),
+        (lambda m: small_model(num_heads=(3, 2, 4, 8)), "16 channels and 3 heads"),
+        (lambda m: small_model(num_classes=0), "num_classes must be a positive integer; got 0"),
+        (lambda m: small_model(pooling="max"), 'pooling must be "avg" or None'),
+        (lambda m: small_model(window_size=(7, 7, 14, 0)), "window_size must be a positive"),
+        (lambda m: small_model(path_drop=1.0), r"path_drop must be in \[0, 1\)"),
+        (lambda m: GCViT.from_preset("gcvit_xxtny"), "Nearest: gcvit_xxtiny"),
+        (lambda m: GCViT.from_preset("gcvit_nano", "flower"), "Nearest: flowers"),
+    ],
+)
+def test_what_does_not_fit_is_named(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model)
+
+
+def test_the_shipped_checkpoint_loads_without_a_network():
+    model = GCViT.from_preset("gcvit_nano", weights="flowers")
+    probabilities = to_numpy(model(np.zeros((1, 128, 128, 3), "float32")))
+    np.testing.assert_allclose(probabilities.sum(), 1, atol=1e-5)

@@ -1,0 +1,97 @@
+import math
+
+import keras
+import numpy as np
+import pytest
+from conftest import to_numpy
+from keras import ops
+
+from gcvit import MLP, ReduceSize, SqueezeAndExcitation
+
+pytestmark = pytest.mark.numerics
+RNG = np.random.default_rng(0)
+
+
+def exact_gelu(x):
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def test_squeeze_and_excitation_by_hand():
+    x = RNG.normal(size=(2, 5, 6, 8)).astype("float32")
+    layer = SqueezeAndExcitation()
+    y = to_numpy(layer(x))
+    first, second = (to_numpy(w) for w in layer.weights)
+    hidden = exact_gelu(x.mean(axis=(1, 2)) @ first)
+    gates = 1 / (1 + np.exp(-(hidden @ second)))
+    np.testing.assert_allclose(y, x * gates[:, None, None], atol=1e-6)
+    assert first.shape == (8, 2)
+
+
+def test_squeeze_and_excitation_gates_lie_between_0_and_1():
+    layer = SqueezeAndExcitation()
+    gates = to_numpy(layer.gates(_built(layer, (2, 3, 3, 8))))
+    assert gates.shape == (2, 1, 1, 8)
+    assert (gates > 0).all() and (gates < 1).all()
+
+
+def _built(layer, shape):
+    x = RNG.normal(size=shape).astype("float32")
+    layer(x)
+    return x
+
+
+@pytest.mark.parametrize("keepdims", [False, True])
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 2)])
+def test_reduce_size_halves_rounding_up(keepdims, size):
+    layer = ReduceSize(keepdims=keepdims)
+    y = layer(np.zeros((2, *size, 4), "float32"))
+    channels = 4 if keepdims else 8
+    assert tuple(y.shape) == (2, -(-size[0] // 2), -(-size[1] // 2), channels)
+    assert tuple(y.shape) == layer.compute_output_shape((2, *size, 4))
+
+
+def test_reduce_size_normalizes_last():
+    y = to_numpy(ReduceSize()(RNG.normal(size=(2, 8, 8, 16)).astype("float32")))
+    np.testing.assert_allclose(y.mean(-1), 0, atol=1e-5)
+    np.testing.assert_allclose(y.std(-1), 1, atol=1e-2)
+
+
+def test_norms_have_pytorchs_epsilon():
+    layer = ReduceSize()
+    layer.build((None, 8, 8, 4))
+    assert layer.norm1.epsilon == layer.norm2.epsilon == 1e-5
+
+
+def test_mlp_by_hand():
+    x = RNG.normal(size=(2, 3, 6)).astype("float32")
+    layer = MLP(hidden_features=12)
+    y = to_numpy(layer(x))
+    w1, b1, w2, b2 = (to_numpy(w) for w in layer.weights)
+    np.testing.assert_allclose(y, exact_gelu(x @ w1 + b1) @ w2 + b2, atol=1e-5)
+
+
+def test_gelu_is_the_exact_one():
+    layer = MLP()
+    layer.build((None, 4))
+    x = np.linspace(-3, 3, 50, dtype="float32")
+    exact, tanh = (to_numpy(ops.gelu(x, approximate=a)) for a in (False, True))
+    np.testing.assert_allclose(to_numpy(layer.act(x)), exact, atol=1e-6)
+    assert np.abs(exact - tanh).max() > 1e-4
+
+
+@pytest.mark.parametrize("layer", [SqueezeAndExcitation(), ReduceSize()])
+def test_a_shape_that_is_no_map_is_refused(layer):
+    with pytest.raises(ValueError, match=r"rank 4; got shape \(2, 49, 8\), rank 3"):
+        layer.build((2, 49, 8))
+
+
+def test_too_few_channels_for_a_hidden_unit():
+    with pytest.raises(ValueError, match=r"2 channels times expansion 0.25 make 0"):
+        SqueezeAndExcitation().build((None, 4, 4, 2))
+
+
+@pytest.mark.parametrize("layer", [SqueezeAndExcitation(), ReduceSize(True), MLP(8, 4)])
+def test_config_round_trip(layer):
+    twin = type(layer).from_config(layer.get_config())
+    assert twin.get_config() == layer.get_config()
+    assert keras.saving.get_registered_name(type(layer)) == f"gcvit>{type(layer).__name__}"

@@ -1,0 +1,82 @@
+"""Keep the chapter notebooks reviewable: no outputs, one format, stable cell ids.
+
+    python tools/notebooks.py format   # rewrite what is not
+    python tools/notebooks.py check    # say what is not; exit 1 if anything
+
+A cell keeps its id for ever; a cell without one gets one.
+"""
+
+import argparse
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+
+BOOK = Path(__file__).resolve().parent.parent / "book"
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+KEPT_METADATA = ("tags", "mystnb")
+
+
+def tidy_code(source):
+    """Format code with ruff, except for cells with magics, which are not Python."""
+    if any(line.lstrip().startswith(("%", "!")) for line in source.splitlines()):
+        return source.strip()
+    result = subprocess.run(
+        [sys.executable, "-m", "ruff", "format", "--stdin-filename", "cell.ipynb.py", "-"],
+        input=source,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        raise ValueError(f"ruff cannot format this cell:\n{source}\n{result.stderr}")
+    return result.stdout.strip()
+
+
+def tidied(notebook):
+    """Return the notebook as it should be committed."""
+    seen = set()
+    for cell in notebook.cells:
+        cell.metadata = {k: cell.metadata[k] for k in KEPT_METADATA if k in cell.metadata}
+        if cell.cell_type == "code":
+            cell.source = tidy_code(cell.source)
+            cell.outputs, cell.execution_count = [], None
+        else:
+            cell.source = cell.source.strip()
+        name = cell.get("id")
+        if not name or name in seen:
+            name = hashlib.sha256(f"{len(seen)}{cell.source}".encode()).hexdigest()[:8]
+            cell["id"] = name
+        seen.add(name)
+    notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    return notebook
+
+
+def written(notebook):
+    """Return the text of a notebook's file."""
+    return nbformat.writes(notebook, indent=1).rstrip() + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=["format", "check"])
+    parser.add_argument("files", nargs="*", type=Path)
+    arguments = parser.parse_args()
+    wrong = []
+    for path in arguments.files or sorted(BOOK.glob("*.ipynb")):
+        before = path.read_text(encoding="utf-8")
+        after = written(tidied(nbformat.reads(before, as_version=4)))
+        if before != after:
+            wrong.append(path)
+            if arguments.action == "format":
+                path.write_text(after, encoding="utf-8")
+    for path in wrong:
+        print(f"{path}: {'formatted' if arguments.action == 'format' else 'needs formatting'}")
+    sys.exit(bool(wrong) and arguments.action == "check")
+
+
+if __name__ == "__main__":
+    main()
