@@ -51,8 +51,7 @@ def weights_of(model):
 
 def same_weights(model, before):
     return all(
-        np.array_equal(to_numpy(now), then)
-        for now, then in zip(model.weights, before, strict=True)
+        np.array_equal(to_numpy(now), then) for now, then in zip(model.weights, before, strict=True)
     )
 
 

@@ -51,9 +51,7 @@ def by_hand(layer, x, query):
 @pytest.mark.parametrize("global_query", [False, True])
 def test_attention_by_hand(global_query):
     layer, x, query = layer_and_input(global_query)
-    np.testing.assert_allclose(
-        to_numpy(layer(x, *query)), by_hand(layer, x, query), atol=2e-6
-    )
+    np.testing.assert_allclose(to_numpy(layer(x, *query)), by_hand(layer, x, query), atol=2e-6)
 
 
 def test_each_head_has_a_bias_of_its_own():

@@ -12,17 +12,13 @@ RNG = np.random.default_rng(3)
 
 def test_window_partition_by_slices():
     x = RNG.normal(size=(2, 6, 8, 3)).astype("float32")
-    expected = [
-        x[n, i : i + 3, j : j + 4] for n in (0, 1) for i in (0, 3) for j in (0, 4)
-    ]
+    expected = [x[n, i : i + 3, j : j + 4] for n in (0, 1) for i in (0, 3) for j in (0, 4)]
     np.testing.assert_array_equal(to_numpy(window_partition(x, (3, 4))), expected)
 
 
 def test_window_reverse_undoes_it():
     x = RNG.normal(size=(2, 6, 8, 3)).astype("float32")
-    np.testing.assert_array_equal(
-        to_numpy(window_reverse(window_partition(x, 2), 2, 6, 8, 3)), x
-    )
+    np.testing.assert_array_equal(to_numpy(window_reverse(window_partition(x, 2), 2, 6, 8, 3)), x)
 
 
 def test_partition_of_a_map_that_does_not_fit():

@@ -19,9 +19,7 @@ def test_pooling_pads_with_minus_infinity():
         weight.assign(np.zeros(weight.shape))  # the residual branch adds nothing
     y = to_numpy(layer(x))
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
-    expected = [
-        [padded[0, i : i + 3, j : j + 3].max((0, 1)) for j in (0, 2, 4)] for i in (0, 2, 4)
-    ]
+    expected = [[padded[0, i : i + 3, j : j + 3].max((0, 1)) for j in (0, 2, 4)] for i in (0, 2, 4)]
     np.testing.assert_allclose(y[0], expected, atol=1e-6)
     assert y.max() < 0
 

@@ -43,9 +43,7 @@ def test_layer_scale_agrees_with_timm(tmp_path, small_images):
     write_safetensors(tmp_path / "m.safetensors", state_of(fixture))
     model = small_model(layer_scale=0.5)
     load_checkpoint(model, tmp_path / "m.safetensors")
-    np.testing.assert_allclose(
-        to_numpy(model(small_images)), fixture["logits"], atol=2e-5
-    )
+    np.testing.assert_allclose(to_numpy(model(small_images)), fixture["logits"], atol=2e-5)
 
 
 def test_a_picture_does_not_depend_on_its_batch(model, small_images):

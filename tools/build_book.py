@@ -4,6 +4,7 @@ A chapter's result is stale when its code changes (Jupyter Book sees that itself
 what it imports from gcvit/, the installed versions or the data it finds change.
 """
 
+import argparse
 import ast
 import hashlib
 import json
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import yaml
 from jupyter_cache import get_cache
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,10 +112,29 @@ def drop_stale(states):
     STATES.write_text(json.dumps(states, indent=1))
 
 
+def configuration(executed):
+    """Return the path of the configuration, one that executes nothing if that is asked for."""
+    path = ROOT / "_config.yml"
+    if not executed:
+        return path
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config["execute"]["execute_notebooks"] = "off"
+    BUILD.mkdir(exist_ok=True)
+    path = BUILD / "executed_config.yml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
 def main():
-    drop_stale(chapter_states())
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--executed", action="store_true", help="the notebooks hold their outputs: execute nothing"
+    )
+    executed = parser.parse_args().executed
+    if not executed:
+        drop_stale(chapter_states())
     command = [sys.executable, "-m", "jupyter_book", "build", str(BOOK)]
-    options = ["--path-output", str(ROOT), "--config", str(ROOT / "_config.yml")]
+    options = ["--path-output", str(ROOT), "--config", str(configuration(executed))]
     options += ["--toc", str(ROOT / "_toc.yml"), "--warningiserror", "--keep-going"]
     result = subprocess.run(command + options, check=False)
     if result.returncode:

@@ -1,0 +1,130 @@
+"""What the project says of itself in several places is said alike."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+ADDRESS = CONFIG["repository"]["url"]
+NOTEBOOKS = sorted((ROOT / "book").glob("*.ipynb"))
+PAGES = [*NOTEBOOKS, *sorted((ROOT / "book").glob("*.md"))]
+
+
+def code_cells(path):
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+
+
+def texts():
+    """Yield each text file of the project that may name its address."""
+    for pattern in ("*.md", "*.toml", "*.cff", "*.txt", "book/*", ".github/**/*", "gcvit/*.py"):
+        for path in ROOT.glob(pattern):
+            if path.is_file():
+                yield path, path.read_text(encoding="utf-8")
+
+
+def test_the_address_stands_in_the_configuration_and_is_the_same_everywhere():
+    owner, name = ADDRESS.removeprefix("https://github.com/").split("/")
+    found = []
+    for path, text in texts():
+        for other in re.findall(r"github\.com/([\w.-]+/gcvit-book)", text):
+            assert other == f"{owner}/{name}", path
+            found.append(path.name)
+        for other in re.findall(r"([\w-]+)\.github\.io/([\w-]+)", text):
+            assert other == (owner, name), path
+        for other in re.findall(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/", text):
+            assert other == f"{owner}/{name}", path
+    assert {"README.md", "pyproject.toml", "CITATION.cff", NOTEBOOKS[0].name} <= set(found)
+
+
+def test_every_notebook_begins_with_the_same_cell():
+    first = {code_cells(path)[0].source for path in NOTEBOOKS}
+    assert len(first) == 1
+    cell = first.pop()
+    assert f"git+{ADDRESS}" in cell and '"google.colab" in sys.modules' in cell
+
+
+def test_the_first_cell_does_nothing_outside_colab():
+    cell = code_cells(NOTEBOOKS[0])[0].source
+    ran = []
+    code = re.sub(r"%pip (.*)", r"ran.append(1)", cell)
+    exec(compile(code, "cell", "exec"), {"ran": ran})
+    assert ran == []
+
+
+def test_the_table_of_contents_lists_every_page():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    listed = [toc["root"]] + [c["file"] for part in toc["parts"] for c in part["chapters"]]
+    assert sorted(listed) == sorted(path.stem for path in PAGES)
+
+
+def test_readme_lists_every_chapter():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in NOTEBOOKS:
+        assert f"/blob/main/book/{path.name}" in readme, path.name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_reads_well_outside_the_book_too(path):
+    """No MyST that Colab would show raw, and alt text and a caption for every figure."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            assert not re.search(r"^(`{3,}|:{3,})\{|\{[a-z:]+\}`|^\([\w-]+\)=", cell.source, re.M)
+            assert not re.search(r"!\[\s*\]\(", cell.source)
+        elif "plt.show()" in cell.source or "figures.flow" in cell.source:
+            drawn = cell.metadata.get("mystnb", {})
+            solved = {"solution", "exercise"} & set(cell.metadata.get("tags", []))
+            assert solved or drawn.get("image", {}).get("alt"), cell.source[:80]
+            assert solved or drawn.get("figure", {}).get("caption"), cell.source[:80]
+
+
+def test_citations_stand_in_the_bibliography():
+    entries = (ROOT / "book" / "references.bib").read_text(encoding="utf-8")
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, as_version=4).cells:
+            for year, url in re.findall(r"\[((?:19|20)\d\d)\]\((https?://[^)]+)\)", cell.source):
+                assert url in entries, f"{path.name}: {url}"
+                after = (
+                    entries.split(url)[0].rsplit("@", 1)[1] + entries.split(url)[1].split("@")[0]
+                )
+                assert year in after, f"{path.name}: {url} is not of {year}"
+
+
+def test_links_between_chapters_lead_somewhere():
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([\w./-]+\.(?:ipynb|md))(?:#[\w-]*)?\)", text):
+            assert (path.parent / target).is_file(), f"{path.name} links to {target}"
+
+
+def test_keras_cv_is_imported_in_one_place():
+    importing = []
+    for path in (ROOT / "gcvit").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            importing += [path.name for name in names if name.startswith("keras_cv")]
+    assert importing == ["block.py"]
+
+
+def test_imports_run_one_way():
+    """A module imports only from those before it, in the order of the chapters."""
+    order = ["checks", "fetch", "unit_blocks", "stem", "global_tokens", "attention", "block"]
+    order += ["level", "presets", "weights", "model", "fine_tuning", "figures", "explain"]
+    for path in (ROOT / "gcvit").glob("*.py"):
+        if path.stem in ("__init__", "__main__"):
+            continue
+        for name in re.findall(r"from gcvit(?:\.(\w+))? import", path.read_text(encoding="utf-8")):
+            if name:
+                assert order.index(name) < order.index(path.stem), f"{path.name} imports {name}"
+
+
+def test_lock_names_no_address():
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    assert "http" not in lock and "--hash=sha256:" in lock
+    assert not re.search(r"^torch==", lock, re.M)
