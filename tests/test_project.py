@@ -84,15 +84,12 @@ def test_notebook_reads_well_outside_the_book_too(path):
 
 
 def test_citations_stand_in_the_bibliography():
-    entries = (ROOT / "book" / "references.bib").read_text(encoding="utf-8")
+    """A chapter cites by a link, [year](address); the bibliography has that work and year."""
+    entries = (ROOT / "book" / "references.bib").read_text(encoding="utf-8").split("\n@")
     for path in NOTEBOOKS:
         for cell in nbformat.read(path, as_version=4).cells:
             for year, url in re.findall(r"\[((?:19|20)\d\d)\]\((https?://[^)]+)\)", cell.source):
-                assert url in entries, f"{path.name}: {url}"
-                after = (
-                    entries.split(url)[0].rsplit("@", 1)[1] + entries.split(url)[1].split("@")[0]
-                )
-                assert year in after, f"{path.name}: {url} is not of {year}"
+                assert any(url in entry and year in entry for entry in entries), (path.name, url)
 
 
 def test_links_between_chapters_lead_somewhere():
