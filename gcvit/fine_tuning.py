@@ -1,14 +1,24 @@
 """Chapter 8: photographs in, recipes, and what to look at afterwards."""
 
+import collections
+import concurrent.futures
 import dataclasses
+import hashlib
 import os
-import urllib.error
+import sys
+import time
 import urllib.request
 from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
+
+from gcvit.fetch import FetchError
+from gcvit.presets import PRESETS
+from gcvit.weights import locate
+
+# Photographs.
 
 MEAN = 255 * np.array([0.485, 0.456, 0.406], dtype="float32")
 """Mean of ImageNet's red, green and blue, on a scale of 0 to 255."""
@@ -21,6 +31,9 @@ FLOWERS_URL = "http://download.tensorflow.org/example_images/flower_photos.tgz"
 
 PATCH = 128
 """Side in pixels of the patches that the embedded photographs are cut into."""
+
+TRAINING_SHARE = 0.6
+"""Share of an embedded photograph's width, from the left, that training patches come from."""
 
 
 class DatasetError(ValueError):
@@ -38,6 +51,7 @@ class Photographs:
         train_size: number of photographs in `train`.
         validation_size: number of photographs in `validation`.
         source: one sentence that says what they are and why these.
+        name: "tf_flowers", "scikit-image", or the name of a folder.
     """
 
     train: tf.data.Dataset
@@ -46,6 +60,19 @@ class Photographs:
     train_size: int
     validation_size: int
     source: str
+    name: str = ""
+
+    def take(self, train_size=None, validation_size=None):
+        """Return the first so many of each part; `None` keeps all."""
+        train_size = min(train_size or self.train_size, self.train_size)
+        validation_size = min(validation_size or self.validation_size, self.validation_size)
+        return dataclasses.replace(
+            self,
+            train=self.train.take(train_size),
+            validation=self.validation.take(validation_size),
+            train_size=train_size,
+            validation_size=validation_size,
+        )
 
 
 def normalize(images):
@@ -122,21 +149,25 @@ def flowers(data_dir=None):
     """
     import tensorflow_datasets as tfds
 
-    from gcvit.fetch import FetchError
-
+    # Asked first: with no network, tensorflow-datasets itself gives up after minutes.
     if not flowers_are_here(data_dir) and not reachable(FLOWERS_URL):
         raise FetchError(
             f"tf_flowers is not prepared in {flowers_folder(data_dir)}, and {FLOWERS_URL} does "
             "not answer."
         )
-    (train, validation), info = tfds.load(
-        "tf_flowers",
-        split=["train[:90%]", "train[90%:]"],
-        data_dir=flowers_folder(data_dir).parents[1],
-        as_supervised=True,
-        try_gcs=False,
-        with_info=True,
-    )
+    if not watched():
+        tfds.disable_progress_bar()
+    try:
+        (train, validation), info = tfds.load(
+            "tf_flowers",
+            split=["train[:90%]", "train[90%:]"],
+            data_dir=flowers_folder(data_dir).parents[1],
+            as_supervised=True,
+            try_gcs=False,
+            with_info=True,
+        )
+    except OSError as error:  # also what a download that breaks off raises
+        raise FetchError(f"tf_flowers cannot be prepared: {error}") from error
     return Photographs(
         train,
         validation,
@@ -144,6 +175,7 @@ def flowers(data_dir=None):
         info.splits["train[:90%]"].num_examples,
         info.splits["train[90%:]"].num_examples,
         "The photographs are tf_flowers: five kinds of flowers from Flickr.",
+        "tf_flowers",
     )
 
 
@@ -159,10 +191,26 @@ _EMBEDDED = {
 }
 
 
+def embedded_regions(name):
+    """Return the parts of a photograph that training and validation patches are cut from.
+
+    Args:
+        name: name of the function in `skimage.data`.
+
+    Returns:
+        A dict of "train" and "validation" to arrays (height, width, 3) that share no column.
+    """
+    from skimage import data
+
+    photograph = getattr(data, name)()
+    border = int(TRAINING_SHARE * photograph.shape[1])
+    return {"train": photograph[:, :border], "validation": photograph[:, border:]}
+
+
 def embedded_photographs(per_class=64, seed=0):
     """Return patches of the photographs that come with scikit-image.
 
-    Each photograph is a class. Training patches come from its left 60 %, validation
+    Each photograph is a class. Training patches come from its left part, validation
     patches from the rest, so that no pixel is in both.
 
     Args:
@@ -170,19 +218,12 @@ def embedded_photographs(per_class=64, seed=0):
             validation patches are cut.
         seed: seed of the patches' places; default 0.
     """
-    from skimage import data
-
     rng = np.random.default_rng(seed)
     parts = {"train": ([], []), "validation": ([], [])}
+    counts = {"train": per_class, "validation": per_class // 4}
     for label, name in enumerate(_EMBEDDED):
-        photograph = getattr(data, name)()
-        border = int(0.6 * photograph.shape[1])
-        sides = {
-            "train": (photograph[:, :border], per_class),
-            "validation": (photograph[:, border:], per_class // 4),
-        }
-        for part, (region, count) in sides.items():
-            for _ in range(count):
+        for part, region in embedded_regions(name).items():
+            for _ in range(counts[part]):
                 y, x = (rng.integers(side - PATCH + 1) for side in region.shape[:2])
                 parts[part][0].append(region[y : y + PATCH, x : x + PATCH])
                 parts[part][1].append(label)
@@ -198,8 +239,9 @@ def embedded_photographs(per_class=64, seed=0):
         list(_EMBEDDED.values()),
         len(parts["train"][1]),
         len(parts["validation"][1]),
-        "The photographs are patches of those that come with scikit-image: training and "
-        "validation patches are cut from different parts of each.",
+        "The photographs are patches of the pictures that come with scikit-image, those for "
+        "validation from other parts of each picture than those for training.",
+        "scikit-image",
     )
 
 
@@ -212,14 +254,228 @@ def photographs(data_dir=None):
     Raises:
         DatasetError: if the flowers' folder is half-prepared.
     """
-    from gcvit.fetch import FetchError
-
     try:
         return flowers(data_dir)
     except FetchError:
         found = embedded_photographs()
-        found.source = f"tf_flowers cannot be reached from here. {found.source}"
+        found.source = found.source.replace(
+            "The photographs", "tf_flowers cannot be had here, so the photographs"
+        )
         return found
+
+
+# What the operating systems and notebooks leave in folders; not photographs.
+_LITTER = {"thumbs.db", "desktop.ini", "__macosx"}
+
+
+def _is_litter(path):
+    return path.name.startswith(".") or path.name.lower() in _LITTER
+
+
+def read_photograph(path, short_side=None):
+    """Read a photograph as it is meant to be seen, whatever its file holds.
+
+    Greyscale, 16 bits, palettes and CMYK become RGB, transparent parts become white, the
+    camera's orientation (EXIF) is applied, and of an animation the first picture is taken.
+
+    Args:
+        path: the file.
+        short_side: pixels that the shorter side is reduced to, if it is longer; default
+            `None`: all pixels are kept.
+
+    Returns:
+        (height, width, 3) uint8.
+
+    Raises:
+        DatasetError: if it cannot be read whole; the message names the file.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            size = image.size
+            if short_side and short_side < min(size):
+                size = [round(side * short_side / min(size)) for side in size]
+                image.draft(None, tuple(size))  # lets a JPEG be decoded at a fraction
+            image = ImageOps.exif_transpose(image)
+            # The decoding may have left one pixel more or less; the orientation may turn.
+            size = sorted(size, reverse=image.width > image.height)
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+                image = Image.fromarray((np.asarray(image) / 257).astype("uint8"))
+            elif image.mode == "F":
+                raise ValueError("its pixels have no fixed range")
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            image = image.convert("RGB")
+            if image.size != tuple(size):
+                image = image.resize(size, Image.Resampling.BICUBIC)
+            return np.array(image)
+    except Exception as error:  # whatever the decoders raise on a damaged file
+        raise DatasetError(
+            f"{path} cannot be read as a photograph ({error}). Mend it, or move it out of the "
+            "folder."
+        ) from error
+
+
+def _examined(path):
+    """Return the hash of a photograph's file, or the `DatasetError` it deserves."""
+    try:
+        read_photograph(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except (DatasetError, OSError) as error:
+        return error
+
+
+def _files_by_class(folder):
+    """Return {class name: its files}, or raise a `DatasetError` on what is out of place."""
+    if not folder.is_dir():
+        raise DatasetError(f"There is no folder {folder}.")
+    entries = [path for path in sorted(folder.iterdir()) if not _is_litter(path)]
+    stray = [path for path in entries if not path.is_dir()]
+    if stray:
+        raise DatasetError(
+            f"{stray[0]} is in no class: each photograph belongs into the folder of its class."
+        )
+    if len(entries) < 2:
+        raise DatasetError(
+            f"{folder} holds {len(entries)} class folders"
+            + "".join(f" ({path.name})" for path in entries)
+            + "; to tell classes apart takes at least two."
+        )
+    found = {}
+    for entry in entries:
+        inside = [path for path in sorted(entry.rglob("*")) if path.is_file()]
+        found[entry.name] = [
+            path
+            for path in inside
+            if not any(map(_is_litter, [path, *path.relative_to(entry).parents[:-1]]))
+        ]
+        if not found[entry.name]:
+            raise DatasetError(f"{entry} holds no photographs. Fill it, or remove it.")
+    return found
+
+
+def _split(digests, share, rng):
+    """Deal out a class's files; files of the same bytes stay together.
+
+    Args:
+        digests: {file: hash of its bytes}.
+        share: share of them that is for validation.
+        rng: NumPy's random generator.
+
+    Returns:
+        Two lists of files, the first for training.
+    """
+    alike = collections.defaultdict(list)
+    for path, digest in digests.items():
+        alike[digest].append(path)
+    groups = list(alike.values())
+    count = min(max(1, round(share * len(groups))), len(groups) - 1)
+    parts = ([], [])
+    for place, i in enumerate(rng.permutation(len(groups))):
+        parts[place < count].extend(groups[i])
+    return parts
+
+
+def from_folder(folder, validation_share=0.1, seed=0, short_side=320):
+    """Return the photographs of a folder that holds a folder for each class.
+
+    Every file is decoded once before any is trained on, and none is left out: what cannot
+    be read is refused by name. Hidden files, and what operating systems leave behind, are
+    no photographs. Of each class the same share is for validation; files of the same bytes
+    are in the same part.
+
+    Args:
+        folder: the folder; its class folders may have folders inside.
+        validation_share: share of each class that is for validation, at least one;
+            default 0.1.
+        seed: seed of the split; default 0.
+        short_side: see `read_photograph`; default 320: more than a 224 px image needs, and
+            little enough to be shuffled in memory.
+
+    Raises:
+        DatasetError: if a file cannot be read, is in no class or in two, or if there are
+            fewer than two classes, or fewer than two photographs in one. The message names
+            them.
+    """
+    folder = Path(folder)
+    files = _files_by_class(folder)
+    listed = [path for paths in files.values() for path in paths]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        examined = dict(zip(listed, pool.map(_examined, listed), strict=True))
+    errors = [error for error in examined.values() if isinstance(error, Exception)]
+    if errors:
+        more = f" {len(errors) - 1} more cannot be read." if errors[1:] else ""
+        raise DatasetError(f"{errors[0]}{more}")
+    owners = {}
+    for name, paths in files.items():
+        for path in paths:
+            other, first = owners.setdefault(examined[path], (name, path))
+            if other != name:
+                raise DatasetError(f"{path} is the same photograph as {first}, of another class.")
+        if len({examined[path] for path in paths}) < 2:
+            raise DatasetError(
+                f"{folder / name} needs two different photographs at least, one to train on and "
+                f"one to validate on; it holds {', '.join(path.name for path in paths)}."
+            )
+
+    def read(path, label):
+        image = tf.numpy_function(
+            lambda name: read_photograph(os.fsdecode(name), short_side), [path], tf.uint8
+        )
+        return tf.ensure_shape(image, (None, None, 3)), label
+
+    rng = np.random.default_rng(seed)
+    parts = ([], [])
+    for label, paths in enumerate(files.values()):
+        split = _split({path: examined[path] for path in paths}, validation_share, rng)
+        for part, chosen in zip(parts, split, strict=True):
+            part.extend((os.fspath(path), label) for path in chosen)
+    sets = []
+    for part in parts:
+        # Class after class would leave the shuffling, which looks a few hundred ahead,
+        # with batches of one class.
+        paths, labels = zip(*[part[i] for i in rng.permutation(len(part))], strict=True)
+        dataset = tf.data.Dataset.from_tensor_slices((list(paths), np.array(labels)))
+        sets.append(dataset.map(read, num_parallel_calls=tf.data.AUTOTUNE))
+    return Photographs(
+        *sets,
+        list(files),
+        *map(len, parts),
+        f"The photographs are those of the folder {folder.name}.",
+        folder.name,
+    )
+
+
+def class_counts(photos, classes):
+    """Return how many photographs a dataset of (image, label) holds of each class."""
+    labels = [int(label) for label in photos.map(lambda image, label: label)]
+    return np.bincount(labels, minlength=classes)
+
+
+def class_weights(counts):
+    """Return the weight of each class that makes rare and common ones count the same.
+
+    Args:
+        counts: photographs of each class.
+
+    Returns:
+        {label: weight} for `Model.fit(class_weight=...)`; a photograph's weight is 1 on
+        average.
+
+    Raises:
+        ValueError: if a class has none.
+    """
+    counts = np.asarray(counts)
+    if (counts < 1).any():
+        raise ValueError(f"Class {int(np.argmin(counts))} has no photographs to weigh.")
+    weights = counts.sum() / (len(counts) * counts)
+    return {label: float(weight) for label, weight in enumerate(weights)}
+
+
+# From photographs to batches.
 
 
 def resize(image, image_size):
@@ -235,7 +491,7 @@ def resize(image, image_size):
 
 
 def flip(image, image_size, seed):
-    """Resize, and mirror half of the images: the seed notebook's augmentation."""
+    """Resize, and mirror half of the images: the original notebook's augmentation."""
     return tf.image.stateless_random_flip_left_right(resize(image, image_size), seed)
 
 
@@ -263,6 +519,51 @@ def crop_and_colour(image, image_size, seed, smallest=0.35):
     image = tf.image.stateless_random_contrast(image, 0.7, 1.3, seeds[3])
     image = tf.image.stateless_random_saturation(image, 0.7, 1.3, seeds[4])
     return 255.0 * tf.clip_by_value(image, 0.0, 1.0)
+
+
+def rand_augment(strength=0.2, operations=2, seed=0):
+    """Return an augmentation: `flip`, then a few operations drawn for each image.
+
+    The operations are those of `keras.layers.RandAugment`. That layer computes all of them
+    for every image and draws the same few for a whole batch; here only those drawn are
+    computed.
+
+    Args:
+        strength: how far they go, 0 to 1; default 0.2.
+        operations: how many are applied to an image; default 2.
+        seed: seed of the amounts; default 0.
+
+    Returns:
+        A function for `make_dataset(augment=...)`.
+    """
+    layers, amounts = keras.layers, (0, 255)
+    choices = [
+        layers.RandomShear(strength, strength, seed=seed),
+        layers.RandomTranslation(strength, strength, seed=seed),
+        layers.RandomRotation(strength / 4, seed=seed),  # a factor of 1 is a full turn
+        layers.RandomBrightness(strength, amounts, seed=seed),
+        layers.RandomColorDegeneration(strength, amounts, seed=seed),
+        layers.RandomContrast(strength, amounts, seed=seed),
+        layers.RandomSharpness(strength, amounts, seed=seed),
+        layers.RandomPosterization(max(1, round(8 - 4 * strength)), amounts, seed=seed),
+        layers.Solarization(0.0, strength, amounts, seed=seed),
+        layers.AutoContrast(amounts),
+        layers.Equalization(amounts),
+    ]
+
+    def augment(image, image_size, draw):
+        image = flip(image, image_size, draw)
+        shape = image.shape
+        for drawn in tf.unstack(tf.random.split(draw, operations), operations):
+            which = tf.random.stateless_uniform([], drawn, 0, len(choices), tf.int32)
+            # Each branch is bound to the image now, not when it is called.
+            branches = [
+                lambda image=image, layer=layer: layer(image, training=True) for layer in choices
+            ]
+            image = tf.ensure_shape(tf.switch_case(which, branches), shape)
+        return image
+
+    return augment
 
 
 def make_dataset(photos, image_size, batch_size=32, train=False, augment=flip, seed=0):
@@ -296,6 +597,192 @@ def make_dataset(photos, image_size, batch_size=32, train=False, augment=flip, s
     return photos.batch(batch_size).prefetch(tf.data.AUTOTUNE)
 
 
+def one_hot(batches, classes):
+    """Turn the labels of batches into rows of `classes` numbers, a 1 among 0s."""
+    return batches.map(lambda images, labels: (images, tf.one_hot(labels, classes)))
+
+
+def mix(batches, seed=0):
+    """Blend the images of two batches in three, and their labels with them.
+
+    By turns, a batch is blended pixel by pixel (MixUp), gets rectangles of its other images
+    (CutMix), and is left alone.
+
+    Args:
+        batches: `tf.data.Dataset` of (images, one-hot labels).
+        seed: seed of the blending; default 0.
+    """
+    mixers = [keras.layers.MixUp(0.2, seed=seed), keras.layers.CutMix(1.0, seed=seed)]
+
+    def blend(number, batch):
+        data = {"images": batch[0], "labels": batch[1]}
+        branches = [lambda layer=layer: layer(data, training=True) for layer in mixers]
+        mixed = tf.switch_case(tf.cast(number % 3, tf.int32), [*branches, lambda: data])
+        return (
+            tf.ensure_shape(mixed["images"], batch[0].shape),
+            tf.ensure_shape(mixed["labels"], batch[1].shape),
+        )
+
+    return batches.enumerate().map(blend).prefetch(tf.data.AUTOTUNE)
+
+
+# How much is run.
+
+
+def watched():
+    """Tell whether a person is looking at the output.
+
+    A notebook that is executed for a page or for a test is run by a client that nobody can
+    be asked through, and that says so with each cell (`allow_stdin` of the execute request
+    in Jupyter's messaging protocol). Anywhere else, a terminal is watched and a file is not.
+    """
+    if "google.colab" in sys.modules:
+        return True
+    if "ipykernel" in sys.modules:
+        from IPython import get_ipython
+
+        kernel = getattr(get_ipython(), "kernel", None)
+        if kernel is not None:
+            return bool(kernel.get_parent().get("content", {}).get("allow_stdin"))
+    return sys.stdout.isatty()
+
+
+def verbosity():
+    """Return `Model.fit`'s `verbose`: a moving bar (1) for a person, else a line an epoch (2)."""
+    return 1 if watched() else 2
+
+
+def accelerator():
+    """Return "gpu" or "tpu" where Keras's backend computes on one, else `None`."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        kinds = {device.device_type.lower() for device in tf.config.list_physical_devices()}
+    elif backend == "jax":
+        import jax
+
+        kinds = {jax.default_backend()}
+    else:
+        import torch
+
+        kinds = {"gpu"} if torch.cuda.is_available() else set()
+    return "tpu" if "tpu" in kinds else "gpu" if "gpu" in kinds else None
+
+
+def jit_compile():
+    """Return `Model.compile`'s `jit_compile`: off for TensorFlow on a CPU, else Keras's choice.
+
+    There XLA, the compiler that it turns on, is slow at depthwise convolutions.
+    """
+    return "auto" if accelerator() or keras.backend.backend() != "tensorflow" else False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run of the chapter consists of.
+
+    Attributes:
+        name: "quick" or "full".
+        preset: the model, a name in `gcvit.PRESETS`.
+        weights: its weights, as `GCViT.from_preset` takes them.
+        image_size: side of the images in pixels.
+        train_size: photographs to train on; `None` for all.
+        validation_size: photographs to validate on; `None` for all.
+        epochs: passes over them.
+        batch_size: images a step.
+        dtype: what it is computed in: "float32", or a mixed precision.
+        recipe: name of one of `RECIPES`.
+        notes: sentences that say why, and what is left out.
+    """
+
+    name: str
+    preset: str
+    weights: str
+    image_size: int
+    train_size: int | None
+    validation_size: int | None
+    epochs: int
+    batch_size: int
+    dtype: str
+    recipe: str
+    notes: tuple
+
+
+def imagenet_weights():
+    """Tell whether `gcvit_xxtiny`'s ImageNet weights are here, or could be fetched."""
+    try:
+        locate(PRESETS["gcvit_xxtiny"]["weights"]["imagenet"], "gcvit_xxtiny-imagenet")
+    except FetchError:
+        return False
+    return True
+
+
+_DTYPES = {"gpu": "mixed_float16", "tpu": "mixed_bfloat16", None: "float32"}
+
+
+def run_plan(photos):
+    """Return the `Plan` that the environment variable `GCVIT_RUN` asks for.
+
+    "full" trains on all photographs by the original recipe; "quick" takes about a minute
+    on two CPU cores; "auto", which stands where nothing is set, is full on an accelerator
+    and quick on a CPU.
+
+    Args:
+        photos: `Photographs` to be trained on.
+
+    Raises:
+        ValueError: if `GCVIT_RUN` holds something else.
+    """
+    setting = os.environ.get("GCVIT_RUN") or "auto"
+    if setting not in ("auto", "quick", "full"):
+        raise ValueError(f"GCVIT_RUN must be auto, quick or full; got {setting!r}.")
+    device, imagenet = accelerator(), imagenet_weights()
+    full = setting == "full" or (setting == "auto" and device is not None)
+    notes = [
+        f"GCVIT_RUN is {setting}, and there is {'a ' + device if device else 'no accelerator'}: "
+        f"this is the {'full' if full else 'quick'} run."
+    ]
+    if imagenet:
+        model = {"preset": "gcvit_xxtiny", "weights": "imagenet", "image_size": 224}
+    else:
+        model = {"preset": "gcvit_nano", "weights": "flowers", "image_size": 128}
+        notes.append(
+            "The ImageNet weights cannot be had here, so the model is gcvit_nano, which ships "
+            "with the book."
+        )
+        if photos.name == "tf_flowers":
+            notes.append(
+                "It was trained on the training split of these very flowers: with a new head "
+                "it relearns the head, and that is no test of transfer to new data."
+            )
+        else:
+            notes.append("It was trained on flowers, so what follows is transfer to new data.")
+    if full:
+        sizes = {"train_size": None, "validation_size": None, "epochs": 5, "batch_size": 32}
+    elif imagenet:
+        sizes = {"train_size": 128, "validation_size": 64, "epochs": 3, "batch_size": 16}
+    else:
+        sizes = {"train_size": 480, "validation_size": 160, "epochs": 5, "batch_size": 32}
+    used = photos.take(sizes["train_size"], sizes["validation_size"])
+    if used.train_size < photos.train_size or used.validation_size < photos.validation_size:
+        notes.append(
+            f"Left out: {photos.train_size - used.train_size} of {photos.train_size} training "
+            f"photographs and {photos.validation_size - used.validation_size} of "
+            f"{photos.validation_size} for validation. GCVIT_RUN=full takes them all."
+        )
+    recipe = "original" if full else "better"
+    return Plan(
+        "full" if full else "quick",
+        **model,
+        **sizes,
+        dtype=_DTYPES[device],
+        recipe=recipe,
+        notes=tuple(notes),
+    )
+
+
+# Recipes.
+
+
 @keras.saving.register_keras_serializable(package="gcvit")
 class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
     """Raise the learning rate evenly, then lower it along half a cosine to 0.
@@ -327,15 +814,253 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         }
 
 
-def adamw(learning_rate, weight_decay=0.05, **kwargs):
+def layer_rates(model, decay=0.75):
+    """Return a factor for the learning rate of each part of a model, by its name.
+
+    The head and the last norm have 1, the last level `decay`, and each part before it
+    `decay` times the next one's.
+
+    Args:
+        model: a `GCViT`.
+        decay: the factor from part to part; default 0.75.
+    """
+    parts = ["patch_embed", *(level.name for level in model.levels)]
+    return {part: decay ** (len(parts) - i) for i, part in enumerate(parts)}
+
+
+@keras.saving.register_keras_serializable(package="gcvit")
+class LayerwiseAdamW(keras.optimizers.AdamW):
+    """AdamW with a learning rate for each part of the model.
+
+    The weight decay is that of `keras.optimizers.AdamW`: it goes by the rate of the
+    schedule, not by the part's.
+
+    Args:
+        learning_rate: a number or a schedule.
+        rates: {name: factor}; a variable whose path holds the name learns at the factor
+            times the rate. Default: none.
+        **kwargs: what `keras.optimizers.AdamW` takes.
+    """
+
+    def __init__(self, learning_rate=1e-3, rates=None, **kwargs):
+        super().__init__(learning_rate, **kwargs)
+        self.rates = dict(rates or {})
+
+    def rate_of(self, variable):
+        """Return the factor that a variable's learning rate gets."""
+        names = set(variable.path.split("/"))
+        return next((rate for name, rate in self.rates.items() if name in names), 1.0)
+
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient, variable, learning_rate * self.rate_of(variable))
+
+    def get_config(self):
+        return {**super().get_config(), "rates": self.rates}
+
+
+def adamw(learning_rate, weight_decay=0.05, rates=None, **kwargs):
     """Return AdamW whose decay spares biases, norms, factors and the position tables.
 
     Args:
         learning_rate: a number or a schedule.
         weight_decay: decay of the matrices; default 0.05.
+        rates: see `LayerwiseAdamW`; default `None`: the same rate for all.
         **kwargs: what `keras.optimizers.AdamW` takes.
     """
-    optimizer = keras.optimizers.AdamW(learning_rate, weight_decay=weight_decay, **kwargs)
+    kwargs = {"learning_rate": learning_rate, "weight_decay": weight_decay, **kwargs}
+    optimizer = LayerwiseAdamW(rates=rates, **kwargs) if rates else keras.optimizers.AdamW(**kwargs)
     # "bias" is part of the position tables' name too.
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     return optimizer
+
+
+def original(model, photos, plan, backup=None):
+    """Prepare the recipe of the original notebook: flips, Adam at 1e-3, nothing else.
+
+    Args:
+        model: a `GCViT` that gives probabilities; it is compiled.
+        photos: `Photographs`.
+        plan: the `Plan`, for the image size, the batch size and the epochs.
+        backup: folder to keep the state of a training run in that is cut off; default
+            `None`: it is not kept.
+
+    Returns:
+        Batches to train on, batches to validate on, and the callbacks: what
+        `Model.fit` takes.
+    """
+    size = plan.image_size, plan.batch_size
+    model.compile(
+        keras.optimizers.Adam(1e-3),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+        jit_compile=jit_compile(),
+    )
+    callbacks = [keras.callbacks.BackupAndRestore(backup)] if backup else []
+    train = make_dataset(photos.train, *size, train=True)
+    return train, make_dataset(photos.validation, *size), callbacks
+
+
+def better(model, photos, plan, backup=None, peak=1e-3, patience=3):
+    """Prepare a recipe that holds on to what the pretrained model knows.
+
+    AdamW with warmup and cosine, lower rates for the earlier layers, RandAugment, MixUp and
+    CutMix, smoothed labels, averaged weights, and the best epoch's weights kept.
+
+    Args:
+        model: see `original`.
+        photos: see `original`.
+        plan: see `original`.
+        backup: see `original`.
+        peak: highest learning rate; default 1e-3.
+        patience: epochs without a lower validation loss after which it stops; default 3.
+
+    Returns:
+        See `original`. Labels are one-hot here.
+    """
+    classes, size = len(photos.class_names), (plan.image_size, plan.batch_size)
+    train = make_dataset(photos.train, *size, train=True, augment=rand_augment())
+    steps = plan.epochs * -(-photos.train_size // plan.batch_size)
+    model.compile(
+        adamw(
+            WarmupCosine(peak, steps // 10, steps),
+            rates=layer_rates(model),
+            global_clipnorm=1.0,
+            use_ema=True,
+            ema_momentum=1 - 1 / max(steps / 10, 2),  # the average spans a tenth of the run
+        ),
+        keras.losses.CategoricalCrossentropy(label_smoothing=0.1),
+        metrics=["accuracy"],
+        jit_compile=jit_compile(),
+    )
+    # The order matters: the backup holds the weights that are trained on, the best epoch's
+    # weights are averages.
+    callbacks = [
+        keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
+        keras.callbacks.EarlyStopping(patience=patience, restore_best_weights=True),
+    ]
+    if backup:
+        callbacks.insert(0, keras.callbacks.BackupAndRestore(backup))
+    validation = one_hot(make_dataset(photos.validation, *size), classes)
+    return mix(one_hot(train, classes)), validation, callbacks
+
+
+RECIPES = {"original": original, "better": better}
+"""The recipes by name."""
+
+
+# Afterwards.
+
+
+def confusion_matrix(labels, predicted, classes):
+    """Return how often each class, a row, was taken for each class, a column.
+
+    Args:
+        labels: true class of each photograph.
+        predicted: predicted class of each photograph.
+        classes: number of classes.
+    """
+    matrix = np.zeros((classes, classes), dtype=int)
+    np.add.at(matrix, (np.asarray(labels), np.asarray(predicted)), 1)
+    return matrix
+
+
+def precision_and_recall(matrix):
+    """Return each class's precision and recall from a confusion matrix.
+
+    Precision is the share of right answers among those that name the class; recall is the
+    share of the class that is found. Where there is nothing to divide by, NaN.
+    """
+    right = np.diag(matrix).astype(float)
+    named, there = matrix.sum(axis=0), matrix.sum(axis=1)
+    nothing = np.full_like(right, np.nan)
+    return (
+        np.divide(right, named, out=nothing.copy(), where=named > 0),
+        np.divide(right, there, out=nothing.copy(), where=there > 0),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """How sure a model is, and how often it is right, bin by bin of its confidence.
+
+    Attributes:
+        confidence: mean confidence of each bin that holds something.
+        accuracy: share of right answers in it.
+        count: photographs in it.
+        error: expected calibration error: the mean distance of the two, weighted by count.
+    """
+
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    count: np.ndarray
+    error: float
+
+
+def calibration(labels, probabilities, bins=10):
+    """Compare confidence, the highest probability, with accuracy.
+
+    Args:
+        labels: true class of each photograph.
+        probabilities: (photographs, classes).
+        bins: number of bins that 0 to 1 is cut into; default 10.
+    """
+    confidence = np.max(probabilities, axis=-1)
+    right = np.argmax(probabilities, axis=-1) == np.asarray(labels)
+    # A bin holds its upper edge, so that 1 falls into the last.
+    which = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(which, minlength=bins)
+    filled = count > 0
+    mean_confidence = np.bincount(which, confidence, bins)[filled] / count[filled]
+    accuracy = np.bincount(which, right, bins)[filled] / count[filled]
+    error = np.sum(count[filled] * np.abs(mean_confidence - accuracy)) / len(confidence)
+    return Calibration(mean_confidence, accuracy, count[filled], float(error))
+
+
+def pipeline_speed(batches, seconds=2.0):
+    """Return how many images a second batches yield when nothing else is done.
+
+    Args:
+        batches: `tf.data.Dataset` of (images, labels).
+        seconds: how long to look; default 2. It ends sooner where the batches do.
+    """
+    batches = iter(batches)
+    next(batches)  # the first one also fills the shuffling
+    began, images = time.perf_counter(), 0
+    for batch in batches:
+        images += len(batch[0])
+        if time.perf_counter() - began > seconds:
+            break
+    return images / (time.perf_counter() - began)
+
+
+def training_speed(model, batches, steps=4):
+    """Return how many images a second a compiled model trains on, input aside.
+
+    One batch is trained on again and again; afterwards the model and its optimizer are as
+    they were.
+
+    Args:
+        model: a model that has been fitted to such batches.
+        batches: `tf.data.Dataset` of (images, labels).
+        steps: steps to time; default 4.
+    """
+    batch = batches.take(1).cache()
+    size = len(next(iter(batch))[0])
+    variables = [*model.variables, *model.optimizer.variables]
+    kept = [keras.ops.convert_to_numpy(variable) for variable in variables]
+    stopwatch = _Stopwatch()
+    model.fit(batch.repeat(steps), verbose=0, shuffle=False, callbacks=[stopwatch])
+    for variable, value in zip(variables, kept, strict=True):
+        variable.assign(value)
+    return size * (steps - 1) / stopwatch.seconds
+
+
+class _Stopwatch(keras.callbacks.Callback):
+    """Times the steps of an epoch after the first, which may have to be compiled."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 0:
+            self.began = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seconds = time.perf_counter() - self.began

@@ -107,7 +107,9 @@ def _numbered(sublayers):
 def _walk(layer, attribute, archive):
     """Yield each layer below `layer` with its attribute path and its archive path."""
     yield attribute, archive, layer
-    for name, value in sorted(vars(layer).items()):
+    # With PyTorch a layer is a torch module, which keeps its sub-layers in `_modules`.
+    attributes = {**vars(layer), **vars(layer).get("_modules", {})}
+    for name, value in sorted(attributes.items()):
         if name.startswith("_"):
             continue
         if isinstance(value, layers.Layer):

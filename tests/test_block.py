@@ -40,7 +40,7 @@ def test_block_is_its_two_equations(global_query):
     block, x, query = built(global_query=global_query)
     windows = window_partition(block.norm1(x), 4)
     attended = block.attn(keras.ops.reshape(windows, (-1, 16, 8)), *query)
-    y = x + window_reverse(attended, 4, 8, 8, 8)
+    y = keras.ops.add(x, window_reverse(attended, 4, 8, 8, 8))
     y = y + block.mlp(block.norm2(y))
     np.testing.assert_allclose(to_numpy(block(x, *query)), to_numpy(y), atol=1e-6)
 
