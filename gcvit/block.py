@@ -1,5 +1,7 @@
 """Chapter 5: attention and MLP, each with its residual, on a map cut into windows."""
 
+import warnings
+
 import keras
 from keras import layers, ops
 
@@ -60,7 +62,10 @@ def drop_path(rate, dtype=None):
 
     Source: Huang et al. 2016 (stochastic depth).
     """
-    from keras_cv.layers import DropPath
+    with warnings.catch_warnings():
+        # Its data sets' progress bars, not used here, warn of missing widgets in a notebook.
+        warnings.simplefilter("ignore")
+        from keras_cv.layers import DropPath
 
     return DropPath(rate, dtype=dtype)
 

@@ -172,7 +172,7 @@ def trace(model, image_size):
         window's size and number; "heads"; and "out", the shape that leaves the level.
     """
     sides = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size,) * 2
-    images = keras.Input((*sides, model.in_channels))
+    images = keras.Input((*sides, model.in_channels), name="images")
     x = model.patch_embed(images)
     traced = {"image": images.shape[1:], "stem": x.shape[1:], "levels": []}
     for level in model.levels:
@@ -192,3 +192,38 @@ def trace(model, image_size):
         x = getattr(model, name)(x)
         traced[name] = x.shape[1:]
     return traced
+
+
+def grad_cam(model, images, labels, level=-1):
+    """Return from where in the images a class's score comes (Grad-CAM).
+
+    The channels of a map are summed, each weighted with the mean gradient of the score
+    over the map, and what is negative is cut off.
+
+    Args:
+        model: a built `GCViT` with its head.
+        images: (batch, height, width, channels), normalized.
+        labels: the class of each image whose score is asked about.
+        level: index of the level whose last map is looked at; default -1, the last.
+
+    Returns:
+        NumPy array (batch, rows, columns), not negative.
+
+    Source: Selvaraju et al. 2017.
+    """
+    level = range(len(model.levels))[level]
+    maps = ops.cast(model.features(images)[f"stage_{level}"], "float32")
+    chosen = ops.one_hot(labels, model.num_classes)
+
+    def score(x):
+        if level + 1 < len(model.levels):
+            x = model.levels[level].down(x)
+            for later in model.levels[level + 1 :]:
+                x = later(x)
+            x = model.norm(x)
+        # The score is what enters the head's activation.
+        pooled = ops.cast(model.pool(x), "float32")
+        return ops.sum(chosen * (ops.matmul(pooled, model.head.kernel) + model.head.bias))
+
+    weights = input_gradient(score, maps).mean(axis=(1, 2), keepdims=True)
+    return np.maximum((weights * ops.convert_to_numpy(maps)).sum(axis=-1), 0)

@@ -92,6 +92,22 @@ def show_signed(ax, values, title=None):
     return shown
 
 
+def show_numbers(ax, values, title=None, size=10):
+    """Write each number of a small (rows, columns) array into its cell, shaded by value."""
+    values = np.asarray(values)
+    finite = np.where(np.isfinite(values), values, np.nan)
+    limit = np.nanmax(np.abs(finite)) or 1.0
+    ax.imshow(finite, cmap=SIGNED, vmin=-limit, vmax=limit, alpha=0.45)
+    for (i, j), value in np.ndenumerate(values):
+        text = f"{value:g}".replace("inf", "∞").replace("-", "−")
+        ax.text(j, i, text, ha="center", va="center", size=size)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+    if title:
+        ax.set_title(title)
+
+
 def overlay(ax, image, values, title=None, strength=0.65):
     """Lay a map of amounts over an image, stretched to its size.
 
@@ -302,7 +318,7 @@ def footprints(ax, masks, colors, title=None):
         ax.set_title(title)
 
 
-def bars(ax, names, values, color=LOCAL, highlight=None):
+def bars(ax, names, values, color=LOCAL, highlight=None, fmt="%.2f"):
     """Draw horizontal bars with their values, the first on top.
 
     Args:
@@ -311,12 +327,13 @@ def bars(ax, names, values, color=LOCAL, highlight=None):
         values: a value for each bar.
         color: colour of the bars.
         highlight: index of a bar to draw in the colour of the chosen; default: none.
+        fmt: how to write the values; default: two decimals.
     """
     colors = [CHOSEN if i == highlight else color for i in range(len(values))]
     drawn = ax.barh(range(len(values)), values, color=colors)
     ax.set_yticks(range(len(values)), names)
     ax.invert_yaxis()
-    ax.bar_label(drawn, fmt="%.2f", padding=3)
+    ax.bar_label(drawn, fmt=fmt, padding=3)
     ax.margins(x=0.15)
 
 

@@ -846,13 +846,19 @@ class LayerwiseAdamW(keras.optimizers.AdamW):
         super().__init__(learning_rate, **kwargs)
         self.rates = dict(rates or {})
 
+    def build(self, variables):
+        super().build(variables)
+        self.variable_rates = [self.rate_of(variable) for variable in variables]
+
     def rate_of(self, variable):
         """Return the factor that a variable's learning rate gets."""
         names = set(variable.path.split("/"))
         return next((rate for name, rate in self.rates.items() if name in names), 1.0)
 
     def update_step(self, gradient, variable, learning_rate):
-        super().update_step(gradient, variable, learning_rate * self.rate_of(variable))
+        # TensorFlow passes its own variable, which has lost its path but not its place.
+        rate = self.variable_rates[self._get_variable_index(variable)]
+        super().update_step(gradient, variable, learning_rate * rate)
 
     def get_config(self):
         return {**super().get_config(), "rates": self.rates}

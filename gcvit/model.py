@@ -352,16 +352,21 @@ class GCViT(keras.Model):
         size = pair("image_size", image_size or found["image_size"])
         if image_size is not None:
             config["window_size"] = scaled_windows(size)
-        model = cls(**config)
-        model.build((None, *size, model.in_channels))
-        if weights is None:
-            return model
+        # Found before the model is built, so that a network that fails is known of at once.
         source = weights
         if isinstance(weights, str) and not checkpoints.looks_like_path(weights):
-            entry = _nearest(f"weights of {preset}", weights, found["weights"])
-            source = checkpoints.locate(entry, f"{preset}-{weights}")
-        resized_head = overrides.get("num_classes") is not None
-        checkpoints.load_checkpoint(model, source, skip_head_mismatch=resized_head)
+            source = checkpoints.locate(_nearest(f"weights of {preset}", weights, found["weights"]))
+        model = cls(**config)
+        model.build((None, *size, model.in_channels))
+        if source is None:
+            return model
+        other_head = "num_classes" in overrides
+        report = checkpoints.load_checkpoint(model, source, skip_head_mismatch=other_head)
+        if report.skipped:
+            print(
+                f"The head starts at random: the checkpoint's has another number of classes than "
+                f"{model.num_classes}."
+            )
         return model
 
 

@@ -229,7 +229,7 @@ PRESETS["gcvit_nano"] = _variant(
             "format": "official",
             "file": "gcvit_nano-flowers.safetensors",
             "size": 3_294_546,
-            "sha256": None,
+            "sha256": "2efd5971b9d485b2e160c55267175d4837f08f7a7af66b0dacc61cc7d5001c72",
         },
     },
 )

@@ -471,12 +471,11 @@ def looks_like_path(weights):
     return os.path.dirname(weights) != "" or os.path.splitext(weights)[1] != ""
 
 
-def locate(entry, name):
+def locate(entry):
     """Return the path of a preset's checkpoint, fetching it where it does not ship.
 
     Args:
         entry: one of the entries of `PRESETS[...]["weights"]`.
-        name: what to call the file in the cache; its ending follows the address.
 
     Raises:
         gcvit.FetchError: if it cannot be fetched.
