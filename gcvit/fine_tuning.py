@@ -710,7 +710,7 @@ class Plan:
 def imagenet_weights():
     """Tell whether `gcvit_xxtiny`'s ImageNet weights are here, or could be fetched."""
     try:
-        locate(PRESETS["gcvit_xxtiny"]["weights"]["imagenet"], "gcvit_xxtiny-imagenet")
+        locate(PRESETS["gcvit_xxtiny"]["weights"]["imagenet"])
     except FetchError:
         return False
     return True

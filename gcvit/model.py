@@ -301,6 +301,10 @@ class GCViT(keras.Model):
         if kwargs:
             raise TypeError(f"GCViT.load_weights does not take {', '.join(kwargs)}.")
         checkpoints.load_checkpoint(self, filepath, skip_head_mismatch=skip_mismatch)
+        # BackupAndRestore wants the optimizer's state back too, which Keras's own files hold.
+        optimizer = getattr(self, "optimizer", None)
+        if optimizer is not None and optimizer.built and checkpoints.holds_optimizer(filepath):
+            super().load_weights(filepath, skip_mismatch=skip_mismatch)
 
     def get_config(self):
         return {

@@ -444,6 +444,16 @@ def _plan(wanted, tensors, naming, skip_head_mismatch, path):
     return plan, report
 
 
+def holds_optimizer(path):
+    """Tell whether a file is one of Keras's `.weights.h5` with an optimizer's state in it."""
+    import h5py
+
+    if not os.fspath(path).endswith(".weights.h5") or not h5py.is_hdf5(path):
+        return False
+    with h5py.File(path, "r") as file:
+        return len(file.get("optimizer/vars", ())) > 0
+
+
 def save_safetensors(model, path, dtype="float32", metadata=None):
     """Write a model's weights under the official names as `.safetensors`.
 
