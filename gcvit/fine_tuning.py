@@ -901,6 +901,8 @@ def original(model, photos, plan, backup=None):
         metrics=["accuracy"],
         jit_compile=jit_compile(),
     )
+    # Made in the first step, the optimizer's variables would have TensorFlow trace it twice.
+    model.optimizer.build(model.trainable_variables)
     callbacks = [keras.callbacks.BackupAndRestore(backup)] if backup else []
     train = make_dataset(photos.train, *size, train=True)
     return train, make_dataset(photos.validation, *size), callbacks
@@ -938,6 +940,7 @@ def better(model, photos, plan, backup=None, peak=1e-3, patience=3):
         metrics=["accuracy"],
         jit_compile=jit_compile(),
     )
+    model.optimizer.build(model.trainable_variables)  # see `original`
     # The order matters: the backup holds the weights that are trained on, the best epoch's
     # weights are averages.
     callbacks = [

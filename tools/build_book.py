@@ -133,7 +133,7 @@ def main():
     executed = parser.parse_args().executed
     if not executed:
         drop_stale(chapter_states())
-    command = [sys.executable, "-m", "jupyter_book", "build", str(BOOK)]
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", str(BOOK)]
     options = ["--path-output", str(ROOT), "--config", str(configuration(executed))]
     options += ["--toc", str(ROOT / "_toc.yml"), "--warningiserror", "--keep-going"]
     result = subprocess.run(command + options, check=False)
