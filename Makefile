@@ -24,10 +24,10 @@ book: install ## Execute every chapter and write _build/html/index.html
 test: install test-unit test-book ## Run the unit tests, then every chapter
 
 test-unit: install
-	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest tests
-	KERAS_BACKEND=jax $(BIN)/python -m pytest tests -m numerics
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 2 tests
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 tests -m numerics
 	@if $(BIN)/python -c 'import torch' 2>/dev/null; then \
-	  echo KERAS_BACKEND=torch; KERAS_BACKEND=torch $(BIN)/python -m pytest tests -m numerics; \
+	  echo KERAS_BACKEND=torch; KERAS_BACKEND=torch $(BIN)/python -m pytest -n 2 tests -m numerics; \
 	else echo "PyTorch is not installed in .venv: its tests are not run."; fi
 
 test-book: install

@@ -174,7 +174,11 @@ def montage(ax, tiles, columns, title=None, gap=6):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
         sheet[top : top + height, left : left + width] = tile
         ax.text(
-            left + 2, top + 2, str(i), size=8, va="top",
+            left + 2,
+            top + 2,
+            str(i),
+            size=8,
+            va="top",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2},
         )
     show_image(ax, sheet, title)
@@ -265,12 +269,18 @@ def diagram(boxes, arrows, width=1.05, height=0.95):
         style = "round,pad=0,rounding_size=0.06"
         ax.add_patch(
             FancyBboxPatch(
-                (x - w, y - h), 2 * w, 2 * h, boxstyle=style,
-                facecolor=color + "22", edgecolor=color, linewidth=1.4,
+                (x - w, y - h),
+                2 * w,
+                2 * h,
+                boxstyle=style,
+                facecolor=color + "22",
+                edgecolor=color,
+                linewidth=1.4,
             )
         )
-        ax.text(x, y - (0.12 if text else 0), name, ha="center", va="center",
-                weight="bold", size=8.5)
+        ax.text(
+            x, y - (0.12 if text else 0), name, ha="center", va="center", weight="bold", size=8.5
+        )
         ax.text(x, y + 0.14, text, ha="center", va="center", size=8)
     for first, second, *lift in arrows:
         (x, y), (to_x, to_y) = boxes[first][:2], boxes[second][:2]
@@ -288,8 +298,12 @@ def diagram(boxes, arrows, width=1.05, height=0.95):
             points = [(x + w, y), (to_x, y), (to_x, to_y + (to_h if y > to_y else -to_h))]
         ax.add_patch(
             FancyArrowPatch(
-                path=Path(points), arrowstyle="-|>", mutation_scale=9, color=NEUTRAL,
-                linewidth=1.2, joinstyle="miter",
+                path=Path(points),
+                arrowstyle="-|>",
+                mutation_scale=9,
+                color=NEUTRAL,
+                linewidth=1.2,
+                joinstyle="miter",
             )
         )
     return figure

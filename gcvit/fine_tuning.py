@@ -880,6 +880,17 @@ def adamw(learning_rate, weight_decay=0.05, rates=None, **kwargs):
     return optimizer
 
 
+def _make_variables(model, labels):
+    """Make the variables of a compiled model's optimizer and metrics.
+
+    Made in the first step, as they are by default, they have TensorFlow trace it twice,
+    which takes longer than many a step.
+    """
+    model.optimizer.build(model.trainable_variables)
+    model.compute_metrics(None, labels, np.zeros((1, model.num_classes), "float32"))
+    model.reset_metrics()
+
+
 def original(model, photos, plan, backup=None):
     """Prepare the recipe of the original notebook: flips, Adam at 1e-3, nothing else.
 
@@ -901,8 +912,7 @@ def original(model, photos, plan, backup=None):
         metrics=["accuracy"],
         jit_compile=jit_compile(),
     )
-    # Made in the first step, the optimizer's variables would have TensorFlow trace it twice.
-    model.optimizer.build(model.trainable_variables)
+    _make_variables(model, np.zeros(1))
     callbacks = [keras.callbacks.BackupAndRestore(backup)] if backup else []
     train = make_dataset(photos.train, *size, train=True)
     return train, make_dataset(photos.validation, *size), callbacks
@@ -940,7 +950,7 @@ def better(model, photos, plan, backup=None, peak=1e-3, patience=3):
         metrics=["accuracy"],
         jit_compile=jit_compile(),
     )
-    model.optimizer.build(model.trainable_variables)  # see `original`
+    _make_variables(model, np.zeros((1, classes)))
     # The order matters: the backup holds the weights that are trained on, the best epoch's
     # weights are averages.
     callbacks = [

@@ -76,7 +76,10 @@ class Level(layers.Layer):
                 f"got {len(self.path_drop)} rates."
             )
         dtype = self.dtype_policy
-        self.q_global_gen = GlobalQueryGenerator(keepdims, dtype=dtype, name="q_global_gen")
+        # A functional model of the stages' maps needs names that no other level has.
+        self.q_global_gen = GlobalQueryGenerator(
+            keepdims, dtype=dtype, name=f"{self.name}_q_global_gen"
+        )
         self.keepdims = self.q_global_gen.keepdims
         self.blocks = [
             Block(
@@ -91,12 +94,12 @@ class Level(layers.Layer):
                 path_drop=rate,
                 layer_scale=layer_scale,
                 dtype=dtype,
-                name=f"blocks_{i}",
+                name=f"{self.name}_blocks_{i}",
             )
             for i, rate in enumerate(self.path_drop)
         ]
         if self.downsample:
-            self.down = ReduceSize(dtype=dtype, name="downsample")
+            self.down = ReduceSize(dtype=dtype, name=f"{self.name}_downsample")
 
     def build(self, input_shape):
         channels = feature_map_shape(self, input_shape)[-1]

@@ -28,6 +28,27 @@ def to_numpy(x):
     return keras.ops.convert_to_numpy(x)
 
 
+def run(model, x):
+    """Return a model's output in evaluation, compiled on JAX: op by op takes minutes there."""
+    if keras.backend.backend() == "jax":
+        return np.asarray(model.predict_on_batch(x))
+    return to_numpy(model(x))
+
+
+def run_features(model, images):
+    """Return `model.features(images)` as arrays."""
+    if keras.backend.backend() == "jax":
+        given = keras.Input(images.shape[1:])
+        return keras.Model(given, model.features(given)).predict_on_batch(images)
+    return {name: to_numpy(value) for name, value in model.features(images).items()}
+
+
+slow_on_jax = pytest.mark.skipif(
+    keras.backend.backend() == "jax",
+    reason="compiles for long on JAX; TensorFlow and PyTorch run it",
+)
+
+
 def small_model(**overrides):
     """Build the model that the fixtures were made with, at 224 px, with random weights."""
     model = GCViT(**{**SMALL, "head_activation": None, **overrides})

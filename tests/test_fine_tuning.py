@@ -471,9 +471,7 @@ def test_warmup_cosine_by_hand():
     rates = [float(schedule(step)) for step in (0, 1, 3, 4, 6, 8, 12, 99)]
     cosine = 0.5 * (1 + np.cos(np.pi / 4))
     np.testing.assert_allclose(rates, [0.25, 0.5, 1, 1, cosine, 0.5, 0, 0], atol=1e-6)
-    again = keras.optimizers.schedules.deserialize(
-        keras.optimizers.schedules.serialize(schedule)
-    )
+    again = keras.optimizers.schedules.deserialize(keras.optimizers.schedules.serialize(schedule))
     assert float(again(1)) == 0.5
     assert float(fine_tuning.WarmupCosine(1.0, 0, 0)(0)) == 1.0
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import (
     FIXTURES,
+    run,
     same_weights,
     small_model,
     state_of,
@@ -32,7 +33,7 @@ def release():
 def test_release_archive_gives_its_probabilities(load, release):
     model = small_model(head_activation="softmax")
     load(model, RELEASE)
-    probabilities = to_numpy(model(release["input"].astype("float32")))
+    probabilities = run(model, release["input"].astype("float32"))
     np.testing.assert_allclose(probabilities, release["probabilities"], atol=1e-5)
 
 
