@@ -880,14 +880,14 @@ def adamw(learning_rate, weight_decay=0.05, rates=None, **kwargs):
     return optimizer
 
 
-def _make_variables(model, labels):
+def _make_variables(model, labels, classes):
     """Make the variables of a compiled model's optimizer and metrics.
 
     Made in the first step, as they are by default, they have TensorFlow trace it twice,
     which takes longer than many a step.
     """
     model.optimizer.build(model.trainable_variables)
-    model.compute_metrics(None, labels, np.zeros((1, model.num_classes), "float32"))
+    model.compute_metrics(None, labels, np.zeros((1, classes), "float32"))
     model.reset_metrics()
 
 
@@ -912,7 +912,7 @@ def original(model, photos, plan, backup=None):
         metrics=["accuracy"],
         jit_compile=jit_compile(),
     )
-    _make_variables(model, np.zeros(1))
+    _make_variables(model, np.zeros(1), len(photos.class_names))
     callbacks = [keras.callbacks.BackupAndRestore(backup)] if backup else []
     train = make_dataset(photos.train, *size, train=True)
     return train, make_dataset(photos.validation, *size), callbacks
@@ -950,7 +950,7 @@ def better(model, photos, plan, backup=None, peak=1e-3, patience=3):
         metrics=["accuracy"],
         jit_compile=jit_compile(),
     )
-    _make_variables(model, np.zeros((1, classes)))
+    _make_variables(model, np.zeros((1, classes)), classes)
     # The order matters: the backup holds the weights that are trained on, the best epoch's
     # weights are averages.
     callbacks = [
