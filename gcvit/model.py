@@ -330,7 +330,7 @@ class GCViT(keras.Model):
         }
 
     @classmethod
-    def from_preset(cls, preset, weights="imagenet", image_size=None, **overrides):
+    def from_preset(cls, preset, weights="imagenet", image_size=None, new_head=False, **overrides):
         """Build a published variant, with its weights.
 
         Args:
@@ -340,6 +340,8 @@ class GCViT(keras.Model):
                 weights. Default "imagenet".
             image_size: side in pixels, or (height, width), to scale the windows to.
                 Default: the preset's windows are kept, and any image is taken.
+            new_head: leave the head at random, even where the checkpoint's has as many
+                classes; default `False`.
             **overrides: constructor arguments that replace the preset's. With another
                 `num_classes`, the head starts at random and a line says so.
 
@@ -364,13 +366,11 @@ class GCViT(keras.Model):
         model.build((None, *size, model.in_channels))
         if source is None:
             return model
-        other_head = "num_classes" in overrides
-        report = checkpoints.load_checkpoint(model, source, skip_head_mismatch=other_head)
+        report = checkpoints.load_checkpoint(
+            model, source, skip_head_mismatch="num_classes" in overrides, skip_head=new_head
+        )
         if report.skipped:
-            print(
-                f"The head starts at random: the checkpoint's has another number of classes than "
-                f"{model.num_classes}."
-            )
+            print(f"The head, of {model.num_classes} classes, starts at random.")
         return model
 
 

@@ -355,7 +355,7 @@ def _few(names):
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def load_checkpoint(model, path, skip_head_mismatch=False):
+def load_checkpoint(model, path, skip_head_mismatch=False, skip_head=False):
     """Read a checkpoint into a model, all of it or nothing.
 
     Args:
@@ -363,6 +363,7 @@ def load_checkpoint(model, path, skip_head_mismatch=False):
         path: a `.keras` archive, `.weights.h5`, `.safetensors` or PyTorch file.
         skip_head_mismatch: leave the head as it is where the file's has another number
             of classes; default `False`.
+        skip_head: leave the head as it is in any case; default `False`.
 
     Returns:
         A `LoadReport`.
@@ -382,7 +383,7 @@ def load_checkpoint(model, path, skip_head_mismatch=False):
     try:
         tensors = _read(path, limit)
         naming = _naming_of(tensors)
-        plan, report = _plan(wanted, tensors, naming, skip_head_mismatch, path)
+        plan, report = _plan(wanted, tensors, naming, skip_head_mismatch, skip_head, path)
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # whatever the parsers raise on a damaged file
@@ -395,7 +396,7 @@ def load_checkpoint(model, path, skip_head_mismatch=False):
     return report
 
 
-def _plan(wanted, tensors, naming, skip_head_mismatch, path):
+def _plan(wanted, tensors, naming, skip_head_mismatch, skip_head, path):
     by_name = {slot.names[naming]: slot for slot in wanted}
     head = {name for name, slot in by_name.items() if slot.is_head}
     report = LoadReport(naming, 0, [], [])
@@ -404,7 +405,7 @@ def _plan(wanted, tensors, naming, skip_head_mismatch, path):
         for name in head
         if name not in tensors or tuple(tensors[name].shape) != by_name[name].shape_in(naming)
     }
-    if skip_head_mismatch and differs:
+    if skip_head or (skip_head_mismatch and differs):
         report.skipped = sorted(head)
     missing = set(by_name) - set(tensors) - set(report.skipped)
     extra = set(tensors) - set(by_name)

@@ -214,3 +214,16 @@ def test_features_make_a_functional_model(model, small_images):
     maps = keras.Model(given, model.features(given)).predict_on_batch(small_images)
     for name, value in run_features(model, small_images).items():
         np.testing.assert_allclose(to_numpy(maps[name]), value, atol=2e-5)
+
+
+@slow_on_jax
+def test_a_new_head_is_new_even_with_as_many_classes(capsys):
+    old = GCViT.from_preset("gcvit_nano", "flowers")
+    new = GCViT.from_preset("gcvit_nano", "flowers", new_head=True)
+    assert "The head, of 5 classes, starts at random." in capsys.readouterr().out
+    pairs = list(zip(old.weights, new.weights, strict=True))
+    same = [np.array_equal(to_numpy(a), to_numpy(b)) for a, b in pairs]
+    assert [a.path.split("/")[-2:] for (a, _), s in zip(pairs, same, strict=True) if not s] == [
+        ["head", "kernel"],
+        ["head", "bias"],
+    ]
