@@ -524,9 +524,10 @@ def crop_and_colour(image, image_size, seed, smallest=0.35):
 def rand_augment(strength=0.2, operations=2, seed=0):
     """Return an augmentation: `flip`, then a few operations drawn for each image.
 
-    The operations are those of `keras.layers.RandAugment`. That layer computes all of them
-    for every image and draws the same few for a whole batch; here only those drawn are
-    computed.
+    The operations are those of `keras.layers.RandAugment`, but for solarization, whose
+    threshold cannot be kept from turning most of an image into its negative. That layer
+    computes all of them for every image and draws the same few for a whole batch; here only
+    those drawn are computed.
 
     Args:
         strength: how far they go, 0 to 1; default 0.2.
@@ -544,9 +545,9 @@ def rand_augment(strength=0.2, operations=2, seed=0):
         layers.RandomBrightness(strength, amounts, seed=seed),
         layers.RandomColorDegeneration(strength, amounts, seed=seed),
         layers.RandomContrast(strength, amounts, seed=seed),
-        layers.RandomSharpness(strength, amounts, seed=seed),
+        # 0.5 leaves an image as it is; less blurs it, more sharpens it.
+        layers.RandomSharpness((0.5 - strength / 2, 0.5 + strength / 2), amounts, seed=seed),
         layers.RandomPosterization(max(1, round(8 - 4 * strength)), amounts, seed=seed),
-        layers.Solarization(0.0, strength, amounts, seed=seed),
         layers.AutoContrast(amounts),
         layers.Equalization(amounts),
     ]
