@@ -58,11 +58,7 @@ def positive_whole(name, value):
 
 def fraction(name, value):
     """Return a rate in [0, 1), or raise a `ValueError` that names the argument."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        and not hasattr(value, "__float__")
-    ):
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise ValueError(f"{name} must be a number in [0, 1); got {value!r}.")
     if not math.isfinite(float(value)) or not 0 <= float(value) < 1:
         raise ValueError(f"{name} must be in [0, 1); got {value!r}.")

@@ -184,6 +184,28 @@ def montage(ax, tiles, columns, title=None, gap=6):
     show_image(ax, sheet, title)
 
 
+def _box(ax, x, y, half, name, text, color, up=1):
+    """Draw a box about (x, y) with a name and, where there is one, a text below it.
+
+    `half` is half its width and height; `up` is -1 where the axis runs downwards.
+    """
+    (w, h), style = half, "round,pad=0,rounding_size=0.06"
+    ax.add_patch(
+        FancyBboxPatch(
+            (x - w, y - h),
+            2 * w,
+            2 * h,
+            boxstyle=style,
+            facecolor=color + "22",
+            edgecolor=color,
+            linewidth=1.4,
+        )
+    )
+    middle = {"ha": "center", "va": "center"}
+    ax.text(x, y + up * (0.12 if text else 0), name, weight="bold", size=8.5, **middle)
+    ax.text(x, y - up * 0.14, text, size=8, **middle)
+
+
 def flow(steps, colors=None, width=1.75, per_row=5):
     """Draw boxes joined by arrows: the layers that a tensor passes, with its shapes.
 
@@ -206,35 +228,12 @@ def flow(steps, colors=None, width=1.75, per_row=5):
     ax.set_axis_off()
     for i, ((name, text), color) in enumerate(zip(steps, colors, strict=True)):
         row, column = divmod(i, columns)
-        x, y = column + 0.08, -row - 0.78
-        ax.add_patch(
-            FancyBboxPatch(
-                (x, y),
-                0.76,
-                0.56,
-                boxstyle="round,pad=0.02,rounding_size=0.06",
-                facecolor=color + "22",
-                edgecolor=color,
-                linewidth=1.4,
-            )
-        )
-        ax.text(x + 0.38, y + 0.38, name, ha="center", va="center", weight="bold", size=8.5)
-        ax.text(x + 0.38, y + 0.15, text, ha="center", va="center", size=8)
-        if i + 1 < len(steps):
-            end = (x + 0.98, y + 0.28) if column + 1 < columns else (0.46, y - 0.41)
-            start = (x + 0.79, y + 0.28) if column + 1 < columns else (x + 0.38, y - 0.03)
-            bend = "arc3" if column + 1 < columns else "angle3,angleA=-90,angleB=180"
-            bend = bend if column + 1 < columns else "arc3,rad=0"
-            ax.add_patch(
-                FancyArrowPatch(
-                    start,
-                    end,
-                    arrowstyle="-|>",
-                    mutation_scale=10,
-                    color=NEUTRAL,
-                    connectionstyle=bend,
-                )
-            )
+        x, y = column + 0.46, -row - 0.5
+        _box(ax, x, y, (0.4, 0.3), name, text, color)
+        if column + 1 < columns and i + 1 < len(steps):
+            _arrow(ax, (x + 0.42, y), (x + 0.59, y))
+        elif i + 1 < len(steps):
+            _arrow(ax, (x, y - 0.32), (0.46, y - 0.68))
     return figure
 
 
@@ -265,23 +264,7 @@ def diagram(boxes, arrows, width=1.05, height=0.95):
     half = {}
     for key, (x, y, name, text, color) in boxes.items():
         half[key] = (0.42, 0.3) if text else (0.16, 0.16 * width / height)
-        w, h = half[key]
-        style = "round,pad=0,rounding_size=0.06"
-        ax.add_patch(
-            FancyBboxPatch(
-                (x - w, y - h),
-                2 * w,
-                2 * h,
-                boxstyle=style,
-                facecolor=color + "22",
-                edgecolor=color,
-                linewidth=1.4,
-            )
-        )
-        ax.text(
-            x, y - (0.12 if text else 0), name, ha="center", va="center", weight="bold", size=8.5
-        )
-        ax.text(x, y + 0.14, text, ha="center", va="center", size=8)
+        _box(ax, x, y, half[key], name, text, color, up=-1)
     for first, second, *lift in arrows:
         (x, y), (to_x, to_y) = boxes[first][:2], boxes[second][:2]
         (w, h), (to_w, to_h) = half[first], half[second]

@@ -5,7 +5,7 @@ import numpy as np
 from keras import layers, ops
 
 from gcvit.checks import feature_map_shape
-from gcvit.unit_blocks import build_fused_mbconv, fused_mbconv, padded, run
+from gcvit.unit_blocks import build_fused_mbconv, fused_mbconv, halved, padded, run
 
 
 def bicubic_matrix(size_in, size_out):
@@ -92,9 +92,7 @@ class FeatureExtraction(layers.Layer):
     def compute_output_shape(self, input_shape):
         if self.keepdims:
             return tuple(input_shape)
-        batch, height, width, channels = input_shape
-        halved = (None if side is None else (side + 1) // 2 for side in (height, width))
-        return (batch, *halved, channels)
+        return halved(input_shape, input_shape[-1])
 
     def get_config(self):
         return {**super().get_config(), "keepdims": self.keepdims}

@@ -7,73 +7,84 @@ paper, Hatamizadeh et al. 2023. Sizes are bytes; a `None` is not published.
 RELEASE_LICENSE = "CC-BY-NC-SA-4.0"
 """Licence of the ImageNet weights: not for commercial use. The code that reads them is free."""
 
-_OFFICIAL = "https://huggingface.co/nvidia/GCViT/resolve/main/{}.pth.tar"
-_TIMM = "https://huggingface.co/timm/gcvit_{}.in1k/resolve/main/model.safetensors"
+
+def _config(
+    embed_dim,
+    depths,
+    heads,
+    mlp_ratio,
+    path_drop,
+    layer_scale=None,
+    window_size=(7, 7, 14, 7),
+    **more,
+):
+    """Return constructor arguments; `heads` are those of the first level, doubled from there."""
+    return {
+        "window_size": window_size,
+        "embed_dim": embed_dim,
+        "depths": depths,
+        "num_heads": tuple(heads * 2**i for i in range(4)),
+        "mlp_ratio": mlp_ratio,
+        "path_drop": path_drop,
+        "layer_scale": layer_scale,
+        **more,
+    }
 
 
-def _variant(
-    embed_dim, depths, heads, mlp_ratio, path_drop, layer_scale, parameters, top1, gflops, **more
+def _preset(
+    config,
+    weights,
+    image_size=224,
+    parameters=None,
+    top1=None,
+    gflops=None,
+    license=RELEASE_LICENSE,
 ):
     return {
-        "config": {
-            "window_size": (7, 7, 14, 7),
-            "embed_dim": embed_dim,
-            "depths": depths,
-            "num_heads": tuple(heads * 2**i for i in range(4)),
-            "mlp_ratio": mlp_ratio,
-            "path_drop": path_drop,
-            "layer_scale": layer_scale,
-        },
-        "image_size": 224,
+        "config": config,
+        "image_size": image_size,
         "parameters": parameters,
         "top1": top1,
         "gflops": gflops,
-        "license": RELEASE_LICENSE,
-        "weights": {},
-    } | more
+        "license": license,
+        "weights": weights,
+    }
+
+
+def _remote(url, size=None, sha256=None):
+    return {"url": url, "size": size, "sha256": sha256}
 
 
 def _official(name, sha256=None):
-    return {"format": "official", "url": _OFFICIAL.format(name), "size": None, "sha256": sha256}
+    return _remote(f"https://huggingface.co/nvidia/GCViT/resolve/main/{name}.pth.tar", None, sha256)
 
 
 def _timm(name):
-    return {"format": "timm", "url": _TIMM.format(name), "size": None, "sha256": None}
+    return _remote(f"https://huggingface.co/timm/gcvit_{name}.in1k/resolve/main/model.safetensors")
 
+
+_LARGE = (192, (3, 4, 19, 5), 6, 2.0, 0.5, 1e-5)
 
 PRESETS = {
-    "gcvit_xxtiny": _variant(
-        64,
-        (2, 2, 6, 2),
-        2,
-        3.0,
-        0.2,
-        None,
-        11_995_428,
-        79.9,
-        2.1,
+    "gcvit_xxtiny": _preset(
+        _config(64, (2, 2, 6, 2), 2, 3.0, 0.2),
+        parameters=11_995_428,
+        top1=79.9,
+        gflops=2.1,
         weights={
-            "imagenet": {
-                "format": "release",
-                "url": "https://github.com/awsaf49/gcvit-tf/releases/download/v1.1.6/"
-                "gcvitxxtiny.keras",
-                "size": 48_767_519,
-                "sha256": None,
-            },
+            "imagenet": _remote(
+                "https://github.com/awsaf49/gcvit-tf/releases/download/v1.1.6/gcvitxxtiny.keras",
+                size=48_767_519,
+            ),
             "official": _official("gcvit_1k_xxtiny"),
             "timm": _timm("xxtiny"),
         },
     ),
-    "gcvit_xtiny": _variant(
-        64,
-        (3, 4, 6, 5),
-        2,
-        3.0,
-        0.2,
-        None,
-        19_981_294,
-        82.0,
-        2.6,
+    "gcvit_xtiny": _preset(
+        _config(64, (3, 4, 6, 5), 2, 3.0, 0.2),
+        parameters=19_981_294,
+        top1=82.0,
+        gflops=2.6,
         weights={
             "official": _official(
                 "gcvit_1k_xtiny",
@@ -82,16 +93,11 @@ PRESETS = {
             "timm": _timm("xtiny"),
         },
     ),
-    "gcvit_tiny": _variant(
-        64,
-        (3, 4, 19, 5),
-        2,
-        3.0,
-        0.2,
-        None,
-        28_221_974,
-        83.5,
-        4.7,
+    "gcvit_tiny": _preset(
+        _config(64, (3, 4, 19, 5), 2, 3.0, 0.2),
+        parameters=28_221_974,
+        top1=83.5,
+        gflops=4.7,
         weights={
             "official": _official(
                 "gcvit_1k_tiny",
@@ -100,16 +106,10 @@ PRESETS = {
             "timm": _timm("tiny"),
         },
     ),
-    "gcvit_tiny2": _variant(
-        64,
-        (3, 4, 29, 5),
-        2,
-        3.0,
-        0.25,
-        None,
-        None,
-        83.7,
-        5.5,
+    "gcvit_tiny2": _preset(
+        _config(64, (3, 4, 29, 5), 2, 3.0, 0.25),
+        top1=83.7,
+        gflops=5.5,
         weights={
             "official": _official(
                 "gcvit_1k_tiny2",
@@ -117,28 +117,17 @@ PRESETS = {
             ),
         },
     ),
-    "gcvit_small": _variant(
-        96,
-        (3, 4, 19, 5),
-        3,
-        2.0,
-        0.3,
-        1e-5,
-        51_092_173,
-        84.3,
-        8.5,
+    "gcvit_small": _preset(
+        _config(96, (3, 4, 19, 5), 3, 2.0, 0.3, 1e-5),
+        parameters=51_092_173,
+        top1=84.3,
+        gflops=8.5,
         weights={"official": _official("gcvit_1k_small"), "timm": _timm("small")},
     ),
-    "gcvit_small2": _variant(
-        96,
-        (3, 4, 23, 5),
-        3,
-        3.0,
-        0.35,
-        1e-5,
-        None,
-        84.8,
-        10.7,
+    "gcvit_small2": _preset(
+        _config(96, (3, 4, 23, 5), 3, 3.0, 0.35, 1e-5),
+        top1=84.8,
+        gflops=10.7,
         weights={
             "official": _official(
                 "gcvit_1k_small2",
@@ -146,16 +135,11 @@ PRESETS = {
             ),
         },
     ),
-    "gcvit_base": _variant(
-        128,
-        (3, 4, 19, 5),
-        4,
-        2.0,
-        0.5,
-        1e-5,
-        90_320_836,
-        85.0,
-        14.8,
+    "gcvit_base": _preset(
+        _config(128, (3, 4, 19, 5), 4, 2.0, 0.5, 1e-5),
+        parameters=90_320_836,
+        top1=85.0,
+        gflops=14.8,
         weights={
             "official": _official(
                 "gcvit_1k_base",
@@ -164,16 +148,11 @@ PRESETS = {
             "timm": _timm("base"),
         },
     ),
-    "gcvit_large": _variant(
-        192,
-        (3, 4, 19, 5),
-        6,
-        2.0,
-        0.5,
-        1e-5,
-        202_075_570,
-        85.7,
-        32.6,
+    "gcvit_large": _preset(
+        _config(*_LARGE),
+        parameters=202_075_570,
+        top1=85.7,
+        gflops=32.6,
         weights={
             "official": _official(
                 "gcvit_1k_large",
@@ -182,57 +161,29 @@ PRESETS = {
             "official_21k": _official("gcvit_21k_large_224"),
         },
     ),
-}
-PRESETS["gcvit_large_384"] = _variant(
-    192,
-    (3, 4, 19, 5),
-    6,
-    2.0,
-    0.5,
-    1e-5,
-    None,
-    87.4,
-    None,
-    image_size=384,
-    weights={"official_21k": _official("gcvit_21k_large_384")},
-)
-PRESETS["gcvit_large_384"]["config"]["window_size"] = (12, 12, 24, 12)
-PRESETS["gcvit_large_512"] = _variant(
-    192,
-    (3, 4, 19, 5),
-    6,
-    2.0,
-    0.5,
-    1e-5,
-    None,
-    87.6,
-    None,
-    image_size=512,
-    weights={"official_21k": _official("gcvit_21k_large_512")},
-)
-PRESETS["gcvit_large_512"]["config"]["window_size"] = (16, 16, 32, 16)
-PRESETS["gcvit_nano"] = _variant(
-    24,
-    (2, 2, 6, 2),
-    1,
-    3.0,
-    0.1,
-    None,
-    None,
-    None,
-    None,
-    image_size=128,
-    license="MIT",
-    # Trained by tools/train_nano.py on the training split of tf_flowers.
-    weights={
-        "flowers": {
-            "format": "official",
-            "file": "gcvit_nano-flowers.safetensors",
-            "size": 3_294_546,
-            "sha256": "2efd5971b9d485b2e160c55267175d4837f08f7a7af66b0dacc61cc7d5001c72",
+    "gcvit_large_384": _preset(
+        _config(*_LARGE, window_size=(12, 12, 24, 12)),
+        image_size=384,
+        top1=87.4,
+        weights={"official_21k": _official("gcvit_21k_large_384")},
+    ),
+    "gcvit_large_512": _preset(
+        _config(*_LARGE, window_size=(16, 16, 32, 16)),
+        image_size=512,
+        top1=87.6,
+        weights={"official_21k": _official("gcvit_21k_large_512")},
+    ),
+    "gcvit_nano": _preset(
+        _config(24, (2, 2, 6, 2), 2, 3.0, 0.1, window_size=(4, 4, 8, 4), num_classes=5),
+        image_size=128,
+        license="MIT",
+        # Trained by tools/train_nano.py on the training split of tf_flowers.
+        weights={
+            "flowers": {
+                "file": "gcvit_nano-flowers.safetensors",
+                "size": 3_294_546,
+                "sha256": "2efd5971b9d485b2e160c55267175d4837f08f7a7af66b0dacc61cc7d5001c72",
+            },
         },
-    },
-)
-PRESETS["gcvit_nano"]["config"].update(
-    window_size=(4, 4, 8, 4), num_heads=(2, 4, 8, 16), num_classes=5
-)
+    ),
+}

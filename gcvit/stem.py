@@ -4,7 +4,7 @@ import keras
 from keras import layers
 
 from gcvit.checks import feature_map_shape, positive_whole
-from gcvit.unit_blocks import ReduceSize, padded
+from gcvit.unit_blocks import ReduceSize, halved, padded
 
 
 @keras.saving.register_keras_serializable(package="gcvit")
@@ -37,17 +37,13 @@ class PatchEmbed(layers.Layer):
         feature_map_shape(self, input_shape)
         self.pad.build(input_shape)
         self.proj.build(padded(input_shape))
-        self.conv_down.build(self._halved(input_shape))
+        self.conv_down.build(halved(input_shape, self.embed_dim))
 
     def call(self, x):
         return self.conv_down(self.proj(self.pad(x)))
 
-    def _halved(self, shape):
-        sides = (None if side is None else (side + 1) // 2 for side in shape[1:3])
-        return (shape[0], *sides, self.embed_dim)
-
     def compute_output_shape(self, input_shape):
-        return self._halved(self._halved(input_shape))
+        return halved(halved(input_shape, self.embed_dim), self.embed_dim)
 
     def get_config(self):
         return {**super().get_config(), "embed_dim": self.embed_dim}

@@ -44,6 +44,13 @@ def build_fused_mbconv(conv, shape):
         layer.build(shape)
 
 
+def halved(shape, channels):
+    """Return the shape of a map with both sides halved, rounding up, and other channels."""
+    batch, height, width, _ = shape
+    sides = (None if side is None else (side + 1) // 2 for side in (height, width))
+    return (batch, *sides, channels)
+
+
 def padded(shape):
     """Return the shape of a map with one pixel more on each of its four sides."""
     batch, height, width, channels = shape
@@ -144,7 +151,6 @@ class ReduceSize(layers.Layer):
 
     def build(self, input_shape):
         channels = feature_map_shape(self, input_shape)[-1]
-        self.output_channels = channels if self.keepdims else 2 * channels
         dtype = self.dtype_policy
         # 1e-5 is PyTorch's epsilon; Keras's default is 1e-3.
         self.norm1 = layers.LayerNormalization(epsilon=1e-5, dtype=dtype, name="norm1")
@@ -153,7 +159,12 @@ class ReduceSize(layers.Layer):
         # padding="same" with stride 2 would pad on one side only.
         self.pad2 = layers.ZeroPadding2D(1, dtype=dtype, name="pad2")
         self.reduction = layers.Conv2D(
-            self.output_channels, 3, strides=2, use_bias=False, dtype=dtype, name="reduction"
+            self._output_channels(channels),
+            3,
+            strides=2,
+            use_bias=False,
+            dtype=dtype,
+            name="reduction",
         )
         self.norm2 = layers.LayerNormalization(epsilon=1e-5, dtype=dtype, name="norm2")
         for layer in (self.norm1, self.pad1, self.pad2):
@@ -168,9 +179,10 @@ class ReduceSize(layers.Layer):
         return self.norm2(self.reduction(self.pad2(x)))
 
     def compute_output_shape(self, input_shape):
-        batch, height, width, channels = input_shape
-        halved = (None if side is None else (side + 1) // 2 for side in (height, width))
-        return (batch, *halved, channels if self.keepdims else 2 * channels)
+        return halved(input_shape, self._output_channels(input_shape[-1]))
+
+    def _output_channels(self, channels):
+        return channels if self.keepdims else 2 * channels
 
     def get_config(self):
         return {**super().get_config(), "keepdims": self.keepdims}

@@ -252,25 +252,17 @@ def _read_h5(stream, limit):
     return tensors
 
 
-def _read_zip_member(path, name, limit):
-    with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo(name)
-        if info.file_size > limit:
-            raise CheckpointError(
-                f"{name} in {path} unpacks to {info.file_size:,} bytes; at most {limit:,} can "
-                "belong to this model."
-            )
-        return archive.read(info)  # zipfile checks the CRC as it reads
+def _check_size(what, size, limit):
+    if size > limit:
+        raise CheckpointError(f"{what} {size:,} bytes; at most {limit:,} can belong to this model.")
 
 
-def _read_torch(path, limit):
-    with zipfile.ZipFile(path) as archive:
-        total = sum(info.file_size for info in archive.infolist())
-        if total > limit or archive.testzip() is not None:
-            raise CheckpointError(
-                f"{path} is damaged, or unpacks to {total:,} bytes where at most {limit:,} can "
-                "belong to this model."
-            )
+def _read_torch(path, archive, limit):
+    total = sum(info.file_size for info in archive.infolist())
+    _check_size(f"{path} unpacks to", total, limit)
+    broken = archive.testzip()
+    if broken is not None:
+        raise CheckpointError(f"{path} is damaged: {broken} in it is not what was written.")
     try:
         import torch
     except ImportError as error:
@@ -285,7 +277,6 @@ def _read_torch(path, limit):
     return {
         name: _Tensor(tuple(value.shape), lambda value=value: value.float().numpy())
         for name, value in state.items()
-        if not name.endswith("relative_position_index")  # a constant, not a weight
     }
 
 
@@ -295,33 +286,37 @@ def _read_safetensors(path):
     return {
         name: _Tensor(value.shape, lambda value=value: value)
         for name, value in load_file(path).items()
-        if not name.endswith("relative_position_index")
     }
+
+
+def _read_archive(path, limit):
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if "model.weights.h5" in names:
+            info = archive.getinfo("model.weights.h5")
+            _check_size(f"{info.filename} in {path} unpacks to", info.file_size, limit)
+            # zipfile checks the CRC as it reads.
+            return _read_h5(io.BytesIO(archive.read(info)), limit)
+        if any(name.endswith("/data.pkl") for name in names):
+            return _read_torch(path, archive, limit)
+    raise CheckpointError(
+        f"{path} is a zip file, but neither a Keras archive nor a PyTorch checkpoint; it "
+        f"holds {', '.join(names[:3]) or 'nothing'}."
+    )
 
 
 def _read(path, limit):
     with open(path, "rb") as file:
         start = file.read(9)
-    if start.startswith(b"\x89HDF"):
-        if os.path.getsize(path) > limit:
-            raise CheckpointError(f"{path} is larger than this model's weights: over {limit:,} B.")
-        return _read_h5(io.BytesIO(Path(path).read_bytes()), limit)
     if start.startswith(b"PK"):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        if "model.weights.h5" in names:
-            return _read_h5(io.BytesIO(_read_zip_member(path, "model.weights.h5", limit)), limit)
-        if any(name.endswith("/data.pkl") for name in names):
-            return _read_torch(path, limit)
-        raise CheckpointError(
-            f"{path} is a zip file, but neither a Keras archive nor a PyTorch checkpoint; it "
-            f"holds {', '.join(names[:3]) or 'nothing'}."
-        )
+        return _read_archive(path, limit)
+    if start.startswith(b"\x89HDF"):
+        _check_size(f"{path} takes", os.path.getsize(path), limit)
+        return _read_h5(io.BytesIO(Path(path).read_bytes()), limit)
     if start[8:9] == b"{":
-        if os.path.getsize(path) > limit:
-            raise CheckpointError(f"{path} is larger than this model's weights: over {limit:,} B.")
+        _check_size(f"{path} takes", os.path.getsize(path), limit)
         return _read_safetensors(path)
-    shown = start.decode("latin-1").__repr__() if start else "nothing: it is empty"
+    shown = repr(start.decode("latin-1")) if start else "nothing: it is empty"
     raise CheckpointError(
         f"{path} is no checkpoint that is known here (.keras, .weights.h5, .safetensors, "
         f".pth.tar); it starts with {shown}."
@@ -381,7 +376,11 @@ def load_checkpoint(model, path, skip_head_mismatch=False, skip_head=False):
     # weights, each in 4-byte floats, and 2 MB for the names.
     limit = 4 * 4 * sum(int(np.prod(slot.variable.shape)) for slot in wanted) + 2_000_000
     try:
-        tensors = _read(path, limit)
+        tensors = {
+            name: tensor
+            for name, tensor in _read(path, limit).items()
+            if not name.endswith("relative_position_index")  # a constant, not a weight
+        }
         naming = _naming_of(tensors)
         plan, report = _plan(wanted, tensors, naming, skip_head_mismatch, skip_head, path)
     except (CheckpointError, MemoryError):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from notebooks import without_magics
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "book").glob("*.ipynb"))
 
@@ -39,11 +40,7 @@ def cells_of(path):
         tags = cell.metadata.get("tags", [])
         if cell.cell_type != "code" or "long" in tags:
             continue
-        lines = [
-            line.replace(line.lstrip(), "pass") if line.lstrip().startswith(("%", "!")) else line
-            for line in cell.source.splitlines()
-        ]
-        cells.append((tags, "\n".join(lines)))
+        cells.append((tags, without_magics(cell.source)))
     return cells
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import nbformat
 import yaml
 from jupyter_cache import get_cache
+from notebooks import without_magics
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK, PACKAGE, BUILD = ROOT / "book", ROOT / "gcvit", ROOT / "_build"
@@ -72,11 +73,8 @@ def chapter_states():
     states = {}
     for path in sorted(BOOK.glob("*.ipynb")):
         cells = nbformat.read(path, as_version=4).cells
-        lines = "\n".join(cell.source for cell in cells if cell.cell_type == "code").splitlines()
-        code = "\n".join(
-            line for line in lines if not line.lstrip().startswith(("%", "!"))
-        ).replace("import gcvit\n", "")
-        modules = closure(imported_modules(_without_empty_blocks(code), exports), imports)
+        code = "\n".join(without_magics(c.source) for c in cells if c.cell_type == "code")
+        modules = closure(imported_modules(code, exports), imports)
         files = [PACKAGE / f"{name}.py" for name in sorted(modules)]
         if "weights" in modules:
             files += sorted((PACKAGE / "checkpoints").glob("*"))
@@ -86,16 +84,6 @@ def chapter_states():
             digest.update(file.read_bytes())
         states[path.name] = digest.hexdigest()
     return states
-
-
-def _without_empty_blocks(code):
-    """Give the block that held nothing but magics a body."""
-    lines = []
-    for line in code.splitlines():
-        lines.append(line)
-        if line.startswith("if ") and line.endswith(":"):
-            lines.append("    pass")
-    return "\n".join(lines)
 
 
 def drop_stale(states):

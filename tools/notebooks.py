@@ -19,9 +19,22 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 KEPT_METADATA = ("tags", "mystnb")
 
 
+def is_magic(line):
+    """Tell whether a line of a code cell is for IPython only."""
+    return line.lstrip().startswith(("%", "!"))
+
+
+def without_magics(source):
+    """Return the Python of a code cell: `pass` stands in for each line of magic."""
+    return "\n".join(
+        line.replace(line.lstrip(), "pass") if is_magic(line) else line
+        for line in source.splitlines()
+    )
+
+
 def tidy_code(source):
     """Format code with ruff, except for cells with magics, which are not Python."""
-    if any(line.lstrip().startswith(("%", "!")) for line in source.splitlines()):
+    if any(map(is_magic, source.splitlines())):
         return source.strip()
     result = subprocess.run(
         [sys.executable, "-m", "ruff", "format", "--stdin-filename", "cell.ipynb.py", "-"],

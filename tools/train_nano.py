@@ -22,7 +22,9 @@ from gcvit.fine_tuning import (
     adamw,
     crop_and_colour,
     flowers,
+    jit_compile,
     make_dataset,
+    one_hot,
     resize,
 )
 from gcvit.weights import PACKAGED, save_safetensors
@@ -47,16 +49,16 @@ def train(photos, phase, start, batch_size, path):
         lambda image, label: (tf.cast(tf.round(resize(image, 160)), tf.uint8), label)
     ).cache()
     batches = make_dataset(stored, phase["image_size"], batch_size, train=True, augment=augment)
-    batches = batches.map(lambda x, y: (x, tf.one_hot(y, len(photos.class_names))))
+    batches = one_hot(batches, len(photos.class_names))
     validation = make_dataset(photos.validation, phase["image_size"], batch_size)
-    validation = validation.map(lambda x, y: (x, tf.one_hot(y, len(photos.class_names)))).cache()
+    validation = one_hot(validation, len(photos.class_names)).cache()
     steps = -(-photos.train_size // batch_size)
     schedule = WarmupCosine(phase["peak"], phase["warmup"] * steps, phase["epochs"] * steps)
     model.compile(
         adamw(schedule, use_ema=True, ema_momentum=0.998, global_clipnorm=5.0),
         keras.losses.CategoricalCrossentropy(label_smoothing=0.1),
         metrics=["accuracy"],
-        jit_compile=False if keras.backend.backend() == "tensorflow" else "auto",
+        jit_compile=jit_compile(),
     )
     began = time.time()
     saved = keras.callbacks.LambdaCallback(
