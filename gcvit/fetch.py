@@ -39,23 +39,24 @@ def cache_folder(name):
     return folder
 
 
-def fetch(url, size=None, sha256=None, folder="models", timeout=TIMEOUT):
+def fetch(url, size=None, sha256=None, name=None, folder="models", timeout=TIMEOUT):
     """Return the path of a file in the cache, fetched once, with a progress bar.
 
     The file appears under its name only when it is whole: it is written beside it, its
     size and hash are checked, and it is moved. Two processes may fetch it at once.
 
     Args:
-        url: where it is; the last part of the path is its name in the cache.
+        url: where it is.
         size: its size in bytes, if known.
         sha256: its hash, if known.
+        name: its name in the cache; default `None`: the last part of `url`.
         folder: folder in the cache; default "models".
         timeout: seconds to wait for the server at any point; default `TIMEOUT`.
 
     Raises:
         FetchError: if it cannot be had, or is not what was expected.
     """
-    path = cache_folder(folder) / url.rsplit("/", 1)[-1]
+    path = cache_folder(folder) / (name or url.rsplit("/", 1)[-1])
     if path.is_file() and (size is None or path.stat().st_size == size):
         return path
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")

@@ -359,15 +359,20 @@ class GCViT(keras.Model):
         if image_size is not None:
             config["window_size"] = scaled_windows(size)
         # Found before the model is built, so that a network that fails is known of at once.
-        source = weights
+        source, sha256 = weights, None
         if isinstance(weights, str) and not checkpoints.looks_like_path(weights):
-            source = checkpoints.locate(_nearest(f"weights of {preset}", weights, found["weights"]))
+            entry = _nearest(f"weights of {preset}", weights, found["weights"])
+            source, sha256 = checkpoints.locate(entry), entry["sha256"]
         model = cls(**config)
         model.build((None, *size, model.in_channels))
         if source is None:
             return model
         report = checkpoints.load_checkpoint(
-            model, source, skip_head_mismatch="num_classes" in overrides, skip_head=new_head
+            model,
+            source,
+            skip_head_mismatch="num_classes" in overrides,
+            skip_head=new_head,
+            sha256=sha256,
         )
         if report.skipped:
             print(f"The head, of {model.num_classes} classes, starts at random.")

@@ -51,16 +51,26 @@ def _preset(
     }
 
 
-def _remote(url, size=None, sha256=None):
-    return {"url": url, "size": size, "sha256": sha256}
+def _remote(url, size=None, sha256=None, name=None, **more):
+    return {
+        "url": url,
+        "name": name or url.rsplit("/", 1)[-1],
+        "size": size,
+        "sha256": sha256,
+        **more,
+    }
 
 
-def _official(name, sha256=None):
-    return _remote(f"https://huggingface.co/nvidia/GCViT/resolve/main/{name}.pth.tar", None, sha256)
+def _official(name, sha256=None, **more):
+    url = f"https://huggingface.co/nvidia/GCViT/resolve/main/{name}.pth.tar"
+    return _remote(url, sha256=sha256, **more)
 
 
-def _timm(name):
-    return _remote(f"https://huggingface.co/timm/gcvit_{name}.in1k/resolve/main/model.safetensors")
+def _timm(variant):
+    # Each of timm's files is called model.safetensors: in the cache it bears the variant's name.
+    name = f"gcvit_{variant}.in1k"
+    url = f"https://huggingface.co/timm/{name}/resolve/main/model.safetensors"
+    return _remote(url, name=f"{name}.safetensors")
 
 
 _LARGE = (192, (3, 4, 19, 5), 6, 2.0, 0.5, 1e-5)
@@ -108,6 +118,7 @@ PRESETS = {
     ),
     "gcvit_tiny2": _preset(
         _config(64, (3, 4, 29, 5), 2, 3.0, 0.25),
+        parameters=34_535_654,
         top1=83.7,
         gflops=5.5,
         weights={
@@ -126,6 +137,7 @@ PRESETS = {
     ),
     "gcvit_small2": _preset(
         _config(96, (3, 4, 23, 5), 3, 3.0, 0.35, 1e-5),
+        parameters=68_615_197,
         top1=84.8,
         gflops=10.7,
         weights={
@@ -158,24 +170,28 @@ PRESETS = {
                 "gcvit_1k_large",
                 "180dabb77950bf2f8a778fc947d6cbf21a21e2cd14af4751b6ce3862c01e36ba",
             ),
-            "official_21k": _official("gcvit_21k_large_224"),
+            # Of these weights, top-1 is another one than the preset's.
+            "official_21k": _official("gcvit_21k_large_224", top1=86.6),
         },
     ),
     "gcvit_large_384": _preset(
         _config(*_LARGE, window_size=(12, 12, 24, 12)),
         image_size=384,
+        parameters=202_860_610,
         top1=87.4,
         weights={"official_21k": _official("gcvit_21k_large_384")},
     ),
     "gcvit_large_512": _preset(
         _config(*_LARGE, window_size=(16, 16, 32, 16)),
         image_size=512,
+        parameters=203_795_362,
         top1=87.6,
         weights={"official_21k": _official("gcvit_21k_large_512")},
     ),
     "gcvit_nano": _preset(
         _config(24, (2, 2, 6, 2), 2, 3.0, 0.1, window_size=(4, 4, 8, 4), num_classes=5),
         image_size=128,
+        parameters=1_635_601,
         license="MIT",
         # Trained by tools/train_nano.py on the training split of tf_flowers.
         weights={

@@ -5,7 +5,9 @@ PyTorch repository and of timm. Each is derived from the attribute path of a var
 the model, so that a file's tensors and the model's variables can be compared one by one.
 """
 
+import argparse
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -269,24 +271,50 @@ def _read_torch(path, archive, limit):
         raise CheckpointError(
             f"{path} is a PyTorch checkpoint, which only PyTorch can read: pip install torch."
         ) from error
-    # weights_only=True refuses a pickle that would run code.
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    # weights_only=True refuses a pickle that would run code. Training scripts leave their
+    # arguments, a Namespace of plain values, beside the weights.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state = torch.load(path, map_location="cpu", weights_only=True)
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise CheckpointError(f"{path} does not hold a state dict of tensors.")
     return {
-        name: _Tensor(tuple(value.shape), lambda value=value: value.float().numpy())
+        name: _Tensor(
+            tuple(value.shape),
+            # NumPy has no bfloat16.
+            lambda value=value: (value.float() if value.is_floating_point() else value).numpy(),
+        )
         for name, value in state.items()
     }
 
 
 def _read_safetensors(path):
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
+    data = Path(path).read_bytes()
+    digest = _header_of(data).get(_DIGEST)
+    if digest is not None and digest != _payload_digest(data):
+        raise CheckpointError(f"{path} is damaged: its values are not those that were written.")
     return {
-        name: _Tensor(value.shape, lambda value=value: value)
-        for name, value in load_file(path).items()
+        name: _Tensor(value.shape, lambda value=value: value) for name, value in load(data).items()
     }
+
+
+# The format has no checksum. Files that are written here carry one under this name.
+_DIGEST = "payload_sha256"
+
+
+def _payload_start(data):
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+def _header_of(data):
+    """Return the metadata in the header of a `.safetensors` file, given its bytes."""
+    return json.loads(data[8 : _payload_start(data)]).get("__metadata__", {})
+
+
+def _payload_digest(data):
+    return hashlib.sha256(memoryview(data)[_payload_start(data) :]).hexdigest()
 
 
 def _read_archive(path, limit):
@@ -350,7 +378,7 @@ def _few(names):
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def load_checkpoint(model, path, skip_head_mismatch=False, skip_head=False):
+def load_checkpoint(model, path, skip_head_mismatch=False, skip_head=False, sha256=None):
     """Read a checkpoint into a model, all of it or nothing.
 
     Args:
@@ -359,6 +387,10 @@ def load_checkpoint(model, path, skip_head_mismatch=False, skip_head=False):
         skip_head_mismatch: leave the head as it is where the file's has another number
             of classes; default `False`.
         skip_head: leave the head as it is in any case; default `False`.
+        sha256: the hash that the file must have; default `None`: not checked. Formats
+            differ in what they notice themselves: `.keras`, `.pth.tar` and the
+            `.safetensors` that `save_safetensors` writes carry checksums, `.weights.h5` and
+            other `.safetensors` do not.
 
     Returns:
         A `LoadReport`.
@@ -376,6 +408,8 @@ def load_checkpoint(model, path, skip_head_mismatch=False, skip_head=False):
     # weights, each in 4-byte floats, and 2 MB for the names.
     limit = 4 * 4 * sum(int(np.prod(slot.variable.shape)) for slot in wanted) + 2_000_000
     try:
+        if sha256 is not None:
+            _check_hash(path, sha256)
         tensors = {
             name: tensor
             for name, tensor in _read(path, limit).items()
@@ -393,6 +427,15 @@ def load_checkpoint(model, path, skip_head_mismatch=False, skip_head=False):
     for slot, value in plan:
         slot.variable.assign(value)
     return report
+
+
+def _check_hash(path, sha256):
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise CheckpointError(
+            f"{path} has the hash {found}; {sha256} was expected. Delete it and fetch it again."
+        )
 
 
 def _plan(wanted, tensors, naming, skip_head_mismatch, skip_head, path):
@@ -454,25 +497,27 @@ def holds_optimizer(path):
         return len(file.get("optimizer/vars", ())) > 0
 
 
-def save_safetensors(model, path, dtype="float32", metadata=None):
-    """Write a model's weights under the official names as `.safetensors`.
+def save_safetensors(model, path, dtype="float32", metadata=None, naming="official"):
+    """Write a model's weights as `.safetensors`, with a checksum in the header.
 
     Args:
         model: a built `GCViT`.
         path: the file to write; it is replaced only when the new one is whole.
         dtype: "float32", the default, or "float16", half the size.
         metadata: a dict of strings to keep in the file's header.
+        naming: "official", the default, or "timm": whose names the tensors get.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors = {
-        slot.names["official"]: np.ascontiguousarray(
-            slot.to_torch(ops.convert_to_numpy(slot.variable), "official").astype(dtype)
+        slot.names[naming]: np.ascontiguousarray(
+            slot.to_torch(ops.convert_to_numpy(slot.variable), naming).astype(dtype)
         )
         for slot in slots(model)
     }
-    unfinished = f"{os.fspath(path)}.{os.getpid()}.part"
-    save_file(tensors, unfinished, metadata=metadata)
+    digest = _payload_digest(save(tensors))
+    unfinished = Path(f"{os.fspath(path)}.{os.getpid()}.part")
+    unfinished.write_bytes(save(tensors, {**(metadata or {}), _DIGEST: digest}))
     os.replace(unfinished, path)
 
 
@@ -492,11 +537,10 @@ def locate(entry):
     """
     if "file" in entry:
         return PACKAGED / entry["file"]
-    return fetch(entry["url"], size=entry["size"], sha256=entry["sha256"])
+    return fetch(entry["url"], entry["size"], entry["sha256"], entry["name"])
 
 
 def training_notes(path):
     """Return what a `.safetensors` checkpoint says of its own making, as a dict."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length)).get("__metadata__", {})
+    notes = _header_of(Path(path).read_bytes())
+    return {name: value for name, value in notes.items() if name != _DIGEST}
