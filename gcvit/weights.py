@@ -6,6 +6,7 @@ the model, so that a file's tensors and the model's variables can be compared on
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -401,32 +402,58 @@ def load_checkpoint(model, path, skip_head_mismatch=False, skip_head=False, sha2
         FileNotFoundError: if there is no such file.
     """
     path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no checkpoint file at {path}.")
     wanted = slots(model)
     # Bytes that a file can have: the weights, an optimizer's two moments, an average of the
     # weights, each in 4-byte floats, and 2 MB for the names.
     limit = 4 * 4 * sum(int(np.prod(slot.variable.shape)) for slot in wanted) + 2_000_000
-    try:
+    with _named_errors(path):
         if sha256 is not None:
             _check_hash(path, sha256)
+        naming, tensors = read_tensors(path, limit)
+        plan, report = _plan(wanted, tensors, naming, skip_head_mismatch, skip_head, path)
+    for slot, value in plan:
+        slot.variable.assign(value)
+    return report
+
+
+@contextlib.contextmanager
+def _named_errors(path):
+    """Turn whatever the parsers raise on a damaged file into an error that names the file."""
+    try:
+        yield
+    except (CheckpointError, FileNotFoundError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error}). It may be "
+            "a download that broke off: delete it and fetch it again."
+        ) from error
+
+
+def read_tensors(path, limit):
+    """Read the names and shapes of a checkpoint's tensors, their values when asked for.
+
+    Args:
+        path: a file of any kind that `load_checkpoint` reads.
+        limit: bytes that the file may unpack to.
+
+    Returns:
+        Whose names they are, "release", "official" or "timm", and a dict from name to a
+        thing with a `shape` and a function `read` that returns an array.
+
+    Raises:
+        CheckpointError: if the file is damaged, foreign or larger than the limit.
+        FileNotFoundError: if there is no such file.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no checkpoint file at {path}.")
+    with _named_errors(path):
         tensors = {
             name: tensor
             for name, tensor in _read(path, limit).items()
             if not name.endswith("relative_position_index")  # a constant, not a weight
         }
-        naming = _naming_of(tensors)
-        plan, report = _plan(wanted, tensors, naming, skip_head_mismatch, skip_head, path)
-    except (CheckpointError, MemoryError):
-        raise
-    except Exception as error:  # whatever the parsers raise on a damaged file
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error}). It may be "
-            "a download that broke off: delete it and fetch it again."
-        ) from error
-    for slot, value in plan:
-        slot.variable.assign(value)
-    return report
+    return _naming_of(tensors), tensors
 
 
 def _check_hash(path, sha256):

@@ -1,0 +1,248 @@
+"""Chapter 9: checkpoints from one implementation's names to another's."""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from gcvit.model import GCViT, scaled_windows
+from gcvit.presets import PRESETS
+from gcvit.weights import (
+    CheckpointError,
+    load_checkpoint,
+    read_tensors,
+    save_safetensors,
+    slots,
+)
+
+FORMATS = (".safetensors", ".weights.h5", ".keras")
+"""What `convert` writes, by the ending of the file's name."""
+
+# What tells a model's sizes, in the three kinds of names: a pattern for each, whose groups are
+# the level and, where there is one, the block.
+_TELLING = {
+    "official": {
+        "stem": r"patch_embed\.proj\.weight",
+        "table": r"levels\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table",
+        "hidden": r"levels\.(\d+)\.blocks\.(\d+)\.mlp\.fc1\.weight",
+        "qkv_bias": r"levels\.(\d+)\.blocks\.(\d+)\.attn\.qkv\.bias",
+        "gamma": r"levels\.(\d+)\.blocks\.(\d+)\.gamma1",
+        "head": r"head\.weight",
+    },
+    "timm": {
+        "stem": r"stem\.conv1\.weight",
+        "table": r"stages\.(\d+)\.blocks\.(\d+)\.attn\.rel_pos\.relative_position_bias_table",
+        "hidden": r"stages\.(\d+)\.blocks\.(\d+)\.mlp\.fc1\.weight",
+        "qkv_bias": r"stages\.(\d+)\.blocks\.(\d+)\.attn\.qkv\.bias",
+        "gamma": r"stages\.(\d+)\.blocks\.(\d+)\.ls1\.gamma",
+        "head": r"head\.fc\.weight",
+    },
+    "release": {
+        "stem": r"layers/patch_embed/proj/vars/0",
+        "table": r"layers/level(?:_(\d+))?/blocks/block(?:_(\d+))?/attn/vars/0",
+        "hidden": r"layers/level(?:_(\d+))?/blocks/block(?:_(\d+))?/mlp/fc1/vars/0",
+        "qkv_bias": r"layers/level(?:_(\d+))?/blocks/block(?:_(\d+))?/attn/qkv/vars/1",
+        "gamma": r"layers/level(?:_(\d+))?/blocks/block(?:_(\d+))?/vars/0",
+        "head": r"head/vars/0",
+    },
+}
+
+
+def _telling_shapes(shapes, naming):
+    """Return {kind: {(level, block): shape}} for the tensors that tell the model's sizes."""
+    found = {kind: {} for kind in _TELLING[naming]}
+    for name, shape in shapes.items():
+        for kind, pattern in _TELLING[naming].items():
+            match = re.fullmatch(pattern, name)
+            if match:
+                found[kind][tuple(int(number or 0) for number in match.groups())] = shape
+    return found
+
+
+def _square_window(rows):
+    """Return the side of the window whose position table has so many rows: (2 side - 1)²."""
+    side = round(rows**0.5)
+    if side * side != rows or side % 2 == 0:
+        raise CheckpointError(
+            f"A position table of {rows} rows is not one of a square window, (2 side - 1)² rows."
+        )
+    return (side + 1) // 2
+
+
+def architecture(path):
+    """Read off a checkpoint which model it belongs to.
+
+    Args:
+        path: a file of any kind that `load_checkpoint` reads.
+
+    Returns:
+        The arguments that build the model with `GCViT(**arguments)`. What a checkpoint does
+        not tell, the dropout rates, has its default; `layer_scale` is 1e-5 where the file has
+        such factors, for their first value does not matter once they are loaded.
+
+    Raises:
+        CheckpointError: if the file is damaged, foreign, or of a model with windows that are
+            not square.
+        FileNotFoundError: if there is no such file.
+    """
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    # Weights hardly compress: what unpacks to far more than the file is not a checkpoint.
+    naming, tensors = read_tensors(path, limit=4 * size + 2_000_000)
+    found = _telling_shapes({name: t.shape for name, t in tensors.items()}, naming)
+    if not found["stem"] or not found["table"] or len(found["table"]) != len(found["hidden"]):
+        raise CheckpointError(
+            f"{path} does not hold a GCViT: a stem, and in each block a position table and an MLP."
+        )
+    levels = 1 + max(level for level, _ in found["table"])
+    depths = [sum(level == i for level, _ in found["table"]) for i in range(levels)]
+    first = [found["table"].get((i, 0)) for i in range(levels)]
+    if None in first or any(len(shape) != 2 for shape in first):
+        raise CheckpointError(f"{path} lacks the position table of some level's first block.")
+    (stem,), (hidden, *_) = found["stem"].values(), found["hidden"].values()
+    # Keras lays a convolution out as (height, width, in, out), PyTorch as (out, in, ...).
+    in_channels, embed_dim = stem[2:] if naming == "release" else (stem[1], stem[0])
+    level, _ = next(iter(found["hidden"]))
+    hidden_units = hidden[1] if naming == "release" else hidden[0]
+    arguments = {
+        "window_size": tuple(_square_window(shape[0]) for shape in first),
+        "embed_dim": embed_dim,
+        "depths": tuple(depths),
+        "num_heads": tuple(shape[1] for shape in first),
+        "mlp_ratio": hidden_units / (embed_dim * 2**level),
+        "qkv_bias": bool(found["qkv_bias"]),
+        "layer_scale": 1e-5 if found["gamma"] else None,
+        "in_channels": in_channels,
+        "include_top": bool(found["head"]),
+    }
+    for head in found["head"].values():
+        arguments["num_classes"] = head[-1] if naming == "release" else head[0]
+    return arguments
+
+
+def preset_of(arguments):
+    """Return the name of the preset with these sizes, or `None`.
+
+    Args:
+        arguments: what `architecture` returns. Classes, colours and the top do not count.
+    """
+    own = ("num_classes", "in_channels", "include_top")
+    for name, preset in PRESETS.items():
+        config = {"qkv_bias": True, **preset["config"]}
+        if all(config[key] == value for key, value in arguments.items() if key not in own):
+            return name
+    return None
+
+
+@dataclasses.dataclass
+class Conversion:
+    """What `convert` did.
+
+    Attributes:
+        preset: name of the preset whose sizes the model has, or `None`.
+        naming: whose names the tensors had: "release", "official" or "timm".
+        tensors: number of tensors.
+        parameters: number of values in them.
+        resized: position tables that were resized, by name.
+        largest_error: largest difference between a weight and what the new file holds; 0
+            unless it was written in half precision.
+        bytes: size of the new file.
+    """
+
+    preset: str | None
+    naming: str
+    tensors: int
+    parameters: int
+    resized: list
+    largest_error: float
+    bytes: int
+
+
+def convert(source, target, naming="official", dtype="float32", image_size=None, progress=True):
+    """Write a checkpoint in another form, and read it again to compare.
+
+    Args:
+        source: a `.keras`, `.weights.h5`, `.safetensors` or PyTorch file.
+        target: the file to write; its ending, one of `FORMATS`, says in which form. A
+            `.keras` file holds the whole model. It appears when it is whole.
+        naming: names in a `.safetensors` file: "official", the default, or "timm".
+        dtype: "float32", the default, or "float16", for a `.safetensors` file.
+        image_size: side in pixels, or (height, width), to scale the windows to; their
+            position tables are resized. Default `None`: windows stay.
+        progress: whether to show a bar; default `True`.
+
+    Returns:
+        A `Conversion`.
+
+    Raises:
+        CheckpointError: if the source is not a whole and valid GCViT checkpoint.
+        ValueError: for an ending, names or a number format that cannot be written.
+        FileNotFoundError: if there is no such source.
+    """
+    source, target = os.fspath(source), os.fspath(target)
+    ending = next((ending for ending in FORMATS if target.endswith(ending)), None)
+    _check_choices(target, ending, naming, dtype)
+    arguments = architecture(source)
+    preset = preset_of(arguments)
+    if image_size is not None:
+        arguments["window_size"] = scaled_windows(image_size)
+    bar = keras.utils.Progbar(3, unit_name="step", verbose=int(progress))
+    bar.update(0)
+    model, twin = _built(arguments), _built(arguments)
+    report = load_checkpoint(model, source)
+    bar.update(1)
+    _write(model, target, ending, naming, dtype)
+    bar.update(2)
+    load_checkpoint(twin, target)
+    pairs = zip(slots(model), slots(twin), strict=True)
+    difference = (
+        np.abs(keras.ops.convert_to_numpy(a.variable - b.variable)).max() for a, b in pairs
+    )
+    error = float(max(difference))
+    bar.update(3)
+    return Conversion(
+        preset=preset,
+        naming=report.naming,
+        tensors=report.loaded,
+        parameters=model.count_params(),
+        resized=report.resized,
+        largest_error=error,
+        bytes=os.path.getsize(target),
+    )
+
+
+def _check_choices(target, ending, naming, dtype):
+    if ending is None:
+        raise ValueError(f"The new file must end in one of {', '.join(FORMATS)}; got {target}.")
+    for name, value, choices in (
+        ("naming", naming, ("official", "timm")),
+        ("dtype", dtype, ("float32", "float16")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+        if value != choices[0] and ending != ".safetensors":
+            raise ValueError(f"{name}={value!r} is for .safetensors files only; got {target}.")
+
+
+def _built(arguments):
+    model = GCViT(**arguments)
+    model.build((None, None, None, model.in_channels))
+    return model
+
+
+def _write(model, target, ending, naming, dtype):
+    if ending == ".safetensors":
+        save_safetensors(model, target, dtype=dtype, naming=naming)
+        return
+    # Keras looks at the ending, and writes in place: give it a name of its own, then move.
+    unfinished = Path(target[: -len(ending)] + f".{os.getpid()}.part{ending}")
+    try:
+        if ending == ".keras":
+            model.save(unfinished)
+        else:
+            model.save_weights(unfinished)
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,125 @@
+import os
+
+import keras
+import numpy as np
+import pytest
+from conftest import FIXTURES, SMALL, run, same_weights, small_model, state_of, weights_of
+
+from gcvit import PRESETS, CheckpointError, GCViT, load_checkpoint
+from gcvit.convert import architecture, convert, preset_of
+from gcvit.weights import PACKAGED, read_tensors, save_safetensors
+
+RELEASE = FIXTURES / "release_layout_small.keras"
+ODD = {**SMALL, "mlp_ratio": 2.5, "num_heads": (2, 2, 4, 4), "depths": (1, 3, 2, 2)}
+
+
+def sizes(arguments):
+    return {name: arguments[name] for name in SMALL}
+
+
+def test_sizes_are_read_off_each_kind_of_file(timm_file, official_file):
+    for path in (timm_file, official_file, RELEASE):
+        found = architecture(path)
+        assert sizes(found) == SMALL
+        assert found["layer_scale"] is None and found["qkv_bias"] and found["include_top"]
+        assert found["in_channels"] == 3 and preset_of(found) is None
+
+
+def test_unusual_sizes_are_read_off_too(tmp_path):
+    model = GCViT(**ODD, layer_scale=0.5, qkv_bias=False, in_channels=1)
+    model.build((None, 64, 64, 1))
+    model.save_weights(tmp_path / "m.weights.h5")
+    save_safetensors(model, tmp_path / "official.safetensors")
+    save_safetensors(model, tmp_path / "timm.safetensors", naming="timm")
+    for name in ("m.weights.h5", "official.safetensors", "timm.safetensors"):
+        found = architecture(tmp_path / name)
+        assert sizes(found) == ODD
+        assert found["layer_scale"] and not found["qkv_bias"] and found["in_channels"] == 1
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_recognised_by_their_sizes(name):
+    config = {"qkv_bias": True, "in_channels": 3, **PRESETS[name]["config"]}
+    del config["path_drop"]
+    assert preset_of(config) == name
+    assert preset_of({**config, "embed_dim": 7}) is None
+
+
+def test_there_and_back_through_every_form(tmp_path, timm_file, timm_small, small_images):
+    """timm -> archive -> weights -> official -> timm: the last file is the first."""
+    chain = [timm_file, *(tmp_path / n for n in ("a.keras", "b.weights.h5", "c.safetensors"))]
+    for source, target in zip(chain, chain[1:], strict=False):
+        done = convert(source, target, progress=False)
+        assert done.largest_error == 0 and done.bytes == os.path.getsize(target)
+    convert(chain[-1], tmp_path / "d.safetensors", naming="timm", progress=False)
+    naming, tensors = read_tensors(tmp_path / "d.safetensors", 10**8)
+    first = state_of(timm_small)
+    assert naming == "timm" and set(tensors) == set(first)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(tensor.read(), first[name])
+    archive = keras.models.load_model(tmp_path / "a.keras")
+    logits = np.log(run(archive, small_images))  # of softmax: logits up to a constant
+    logits -= logits.mean(axis=1, keepdims=True)
+    expected = timm_small["logits"] - timm_small["logits"].mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(logits, expected, atol=2e-5)
+    assert sorted(os.listdir(tmp_path)) == [
+        "a.keras",
+        "b.weights.h5",
+        "c.safetensors",
+        "d.safetensors",
+    ]
+
+
+def test_half_precision_and_other_windows(tmp_path, official_file):
+    done = convert(
+        official_file, tmp_path / "m.safetensors", dtype="float16", image_size=384, progress=False
+    )
+    assert 0 < done.largest_error < 1e-2 and len(done.resized) == 8
+    assert architecture(tmp_path / "m.safetensors")["window_size"] == (12, 12, 24, 12)
+
+
+def test_the_shipped_checkpoint_is_a_nano(tmp_path):
+    source = PACKAGED / PRESETS["gcvit_nano"]["weights"]["flowers"]["file"]
+    done = convert(source, tmp_path / "nano.weights.h5", progress=False)
+    assert done.preset == "gcvit_nano" and done.parameters == PRESETS["gcvit_nano"]["parameters"]
+    twin = GCViT.from_preset("gcvit_nano", weights=str(tmp_path / "nano.weights.h5"))
+    assert same_weights(twin, weights_of(GCViT.from_preset("gcvit_nano", "flowers")))
+
+
+@pytest.mark.parametrize(
+    "target, more, message",
+    [
+        ("m.bin", {}, r"must end in one of .safetensors, .weights.h5, .keras; got .*m.bin"),
+        ("m.safetensors", {"naming": "Timm"}, "naming must be one of official, timm; got 'Timm'"),
+        ("m.keras", {"dtype": "float16"}, "dtype='float16' is for .safetensors files only"),
+        ("m.keras", {"image_size": 100}, "multiples of 32; got 100 x 100 px"),
+    ],
+)
+def test_what_cannot_be_written_is_said(target, more, message, tmp_path, official_file):
+    with pytest.raises(ValueError, match=message):
+        convert(official_file, tmp_path / target, progress=False, **more)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_no_gcvit_is_refused(tmp_path, timm_small):
+    from conftest import write_safetensors
+
+    state = state_of(timm_small)
+    path = tmp_path / "m.safetensors"
+    write_safetensors(path, {"head.weight": np.ones((3, 3), "float32")})
+    with pytest.raises(CheckpointError, match="does not hold a GCViT"):
+        convert(path, tmp_path / "out.keras", progress=False)
+    table = "stages.0.blocks.0.attn.rel_pos.relative_position_bias_table"
+    write_safetensors(path, {**state, table: np.ones((15 * 13, 1), "float32")})
+    with pytest.raises(CheckpointError, match="table of 195 rows is not one of a square window"):
+        architecture(path)
+    with pytest.raises(FileNotFoundError, match="nowhere.keras"):
+        convert("nowhere.keras", tmp_path / "out.keras")
+
+
+def test_a_hash_that_does_not_match_is_refused(official_file):
+    model = small_model()
+    before = weights_of(model)
+    with pytest.raises(CheckpointError, match="00 was expected"):
+        load_checkpoint(model, official_file, sha256="00")
+    assert same_weights(model, before)
