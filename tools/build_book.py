@@ -1,85 +1,49 @@
-"""Build the book: drop stale results from the execution cache, then run Jupyter Book.
+"""Build the book: execute the chapters whose results are stale, run Jupyter Book, check the pages.
 
-A chapter's result is stale when its code changes (Jupyter Book sees that itself), or when
-what it imports from gcvit/, the installed versions or the data it finds change.
+A chapter's result is stale when its code changes, or when what it uses of gcvit/, the
+installed versions or the data it finds change. Results are kept in jupyter-cache, where
+Jupyter Book looks for them. Jupyter Book would fill that cache one chapter after the other;
+here as many chapters run at once as there are processor cores.
 """
 
 import argparse
-import ast
 import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import nbformat
 import yaml
+from dependencies import code_of, dependencies, package_modules
 from jupyter_cache import get_cache
-from notebooks import without_magics
+from jupyter_cache.base import CacheBundleIn
+from jupyter_cache.executors.utils import single_nb_execution
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK, PACKAGE, BUILD = ROOT / "book", ROOT / "gcvit", ROOT / "_build"
 CACHE, STATES = BUILD / ".jupyter_cache", BUILD / "chapter_states.json"
+DOCTREES = BUILD / ".doctrees"
+KERNEL_LOG = BUILD / "kernels.log"
+CONFIG = ROOT / "_config.yml"
 SETTINGS = ("GCVIT_RUN", "TFDS_DATA_DIR", "KERAS_BACKEND", "KERAS_HOME")
-
-
-def imported_modules(code, exports):
-    """Return the modules of gcvit that a piece of code imports, by file name."""
-    found = set()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gcvit":
-            parts = node.module.split(".")
-            names = parts[1:2] or [exports.get(alias.name, alias.name) for alias in node.names]
-            found.update(names)
-        elif isinstance(node, ast.Import):
-            found.update(
-                alias.name.split(".")[1] for alias in node.names if alias.name.startswith("gcvit.")
-            )
-    return {name for name in found if (PACKAGE / f"{name}.py").is_file()}
-
-
-def package_imports():
-    """Return which modules each module of gcvit imports, and where each export stands."""
-    init = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    exports = {
-        alias.name: node.module.split(".")[1]
-        for node in init.body
-        if isinstance(node, ast.ImportFrom)
-        for alias in node.names
-    }
-    imports = {
-        path.stem: imported_modules(path.read_text(encoding="utf-8"), exports)
-        for path in PACKAGE.glob("*.py")
-        if path.stem != "__init__"
-    }
-    return imports, exports
-
-
-def closure(modules, imports):
-    """Return modules with all that they import, directly or not."""
-    found, queue = set(), list(modules)
-    while queue:
-        name = queue.pop()
-        if name not in found:
-            found.add(name)
-            queue += imports[name]
-    return found
 
 
 def chapter_states():
     """Return a hash for each chapter of everything its results depend on but its own code."""
-    imports, exports = package_imports()
+    modules, exports = package_modules(PACKAGE)
     states = {}
     for path in sorted(BOOK.glob("*.ipynb")):
-        cells = nbformat.read(path, as_version=4).cells
-        code = "\n".join(without_magics(c.source) for c in cells if c.cell_type == "code")
-        modules = closure(imported_modules(code, exports), imports)
-        files = [PACKAGE / f"{name}.py" for name in sorted(modules)]
-        if "weights" in modules:
-            files += sorted((PACKAGE / "checkpoints").glob("*"))
-        files.append(ROOT / "requirements.lock")
+        found = dependencies(code_of(path), modules, exports)
         digest = hashlib.sha256(repr([os.environ.get(name) for name in SETTINGS]).encode())
+        digest.update(repr(sorted(found.items())).encode())
+        files = [ROOT / "requirements.lock"]
+        if any(module == "weights" for module, _ in found):
+            files += sorted((PACKAGE / "checkpoints").glob("*"))
         for file in files:
             digest.update(file.read_bytes())
         states[path.name] = digest.hexdigest()
@@ -100,17 +64,99 @@ def drop_stale(states):
     STATES.write_text(json.dumps(states, indent=1))
 
 
+def stated_seconds(notebook):
+    """Return how long a chapter says that it runs; one that does not say is taken for long."""
+    found = re.search(r"It runs in\D*(\d+) (s|min)", notebook.cells[0].source)
+    return int(found[1]) * (60 if found[2] == "min" else 1) if found else float("inf")
+
+
+def what_failed(notebook, at, error):
+    """Name the cell that ended a chapter, by its place among all its cells, and say why."""
+    where = "its kernel's start"
+    if at is not None:
+        number = sum(cell.cell_type == "code" for cell in notebook.cells[: at + 1])
+        where = f"code cell {number} (id {notebook.cells[at].get('id')})"
+    reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return f"{where}:\n{reason}"
+
+
+def write_kernel_log():
+    """Send what kernels write to the terminal, past their notebook, to a file."""
+    os.dup2(os.open(KERNEL_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
+
+
+def execute(path, timeout):
+    """Execute a chapter in its folder; return it, the seconds it took and what failed, if so."""
+    notebook, began = nbformat.read(path, as_version=4), [None]
+
+    def note(cell, cell_index):
+        began.append(cell_index)
+
+    try:
+        result = single_nb_execution(
+            notebook, str(path.parent), timeout, allow_errors=False, on_cell_execute=note
+        )
+    except Exception as error:  # the kernel died, or never began
+        reason = what_failed(notebook, began[-1], error)
+        return notebook, 0, f"{reason}\nIts last words are in {KERNEL_LOG}."
+    failed = result.err and what_failed(notebook, began[-1], result.err)
+    return notebook, result.time, failed
+
+
+def fill_cache(timeout):
+    """Execute the chapters that the cache does not hold, the longest first.
+
+    Returns:
+        What failed, a text for each chapter.
+    """
+    cache = get_cache(str(CACHE))
+    missing = {}
+    for path in sorted(BOOK.glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        try:
+            cache.match_cache_notebook(notebook)
+        except KeyError:
+            missing[path] = stated_seconds(notebook)
+    if not missing:
+        return []
+    failures = []
+    KERNEL_LOG.unlink(missing_ok=True)
+    workers = min(len(missing), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, initializer=write_kernel_log) as pool:
+        ordered = sorted(missing, key=missing.get, reverse=True)
+        running = {pool.submit(execute, path, timeout): path for path in ordered}
+        for future in as_completed(running):
+            path = running[future]
+            notebook, seconds, failed = future.result()
+            if failed:
+                failures.append(f"{path.relative_to(ROOT)} failed in {failed}")
+                continue
+            print(f"{path.name} executed in {seconds:.0f} s", flush=True)
+            bundle = CacheBundleIn(notebook, str(path), data={"execution_seconds": seconds})
+            cache.cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
+            # Sphinx reads a page again when its source changes, but not when its results do.
+            (DOCTREES / f"{path.stem}.doctree").unlink(missing_ok=True)
+    return failures
+
+
 def configuration(executed):
     """Return the path of the configuration, one that executes nothing if that is asked for."""
-    path = ROOT / "_config.yml"
     if not executed:
-        return path
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return CONFIG
+    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     config["execute"]["execute_notebooks"] = "off"
     BUILD.mkdir(exist_ok=True)
     path = BUILD / "executed_config.yml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
+
+
+def fail(message):
+    """End, and let no page of an earlier build pass for the new book."""
+    (BUILD / "html" / "index.html").unlink(missing_ok=True)
+    # A warning is said when a page is read: without this the next run would not read it.
+    shutil.rmtree(DOCTREES, ignore_errors=True)
+    sys.exit(message)
 
 
 def main():
@@ -121,14 +167,14 @@ def main():
     executed = parser.parse_args().executed
     if not executed:
         drop_stale(chapter_states())
+        timeout = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["execute"]["timeout"]
+        if failures := fill_cache(timeout):
+            fail("\n\n".join(failures))
     command = [Path(sys.executable).with_name("jupyter-book"), "build", str(BOOK)]
     options = ["--path-output", str(ROOT), "--config", str(configuration(executed))]
     options += ["--toc", str(ROOT / "_toc.yml"), "--warningiserror", "--keep-going"]
-    result = subprocess.run(command + options, check=False)
-    if result.returncode:
-        # A page that was not written anew must not pass for the new book.
-        (BUILD / "html" / "index.html").unlink(missing_ok=True)
-        sys.exit(result.returncode)
+    if subprocess.run(command + options, check=False).returncode:
+        fail("The book was not built: see the warnings above.")
     print(f"The book is at {BUILD / 'html' / 'index.html'}. To read it: make serve")
 
 
