@@ -226,11 +226,12 @@ class GCViT(keras.Model):
             self.head.build((shape[0], shape[-1]))
         self._built_size = tuple(input_shape[1:3])
 
-    def call(self, images):
+    # Keras's JAX trainer tells whether it trains only to a model whose call takes `training`.
+    def call(self, images, training=None):
         self._check_images(images.shape)
-        x = self.pos_drop(self.patch_embed(images))
+        x = self.pos_drop(self.patch_embed(images), training=training)
         for level in self.levels:
-            x = level(x)
+            x = level(x, training=training)
         x = self.norm(x)
         if self.pooling:
             x = self.pool(x)
@@ -305,6 +306,42 @@ class GCViT(keras.Model):
         optimizer = getattr(self, "optimizer", None)
         if optimizer is not None and optimizer.built and checkpoints.holds_optimizer(filepath):
             super().load_weights(filepath, skip_mismatch=skip_mismatch)
+
+    def export(self, filepath, format="tf_saved_model", **kwargs):
+        """Write the model for use without Keras: see `keras.Model.export`.
+
+        ONNX is written by PyTorch's own exporter, for images of the size that the model was
+        built for, in batches of any size: what Keras calls for it on TensorFlow lacks an
+        operation of the exact GELU.
+
+        Args:
+            filepath: the file or folder to write.
+            format: "tf_saved_model", the default, "onnx", or another that Keras knows.
+            **kwargs: what `keras.Model.export` takes; for "onnx", what `torch.onnx.export` does.
+
+        Raises:
+            ValueError: for "onnx" on another backend than PyTorch.
+        """
+        if format != "onnx":
+            # Keras would take the shape of the last call, and refuse where there was none.
+            shape = (None, *self._built_size, self.in_channels)
+            given = {"input_signature": [keras.InputSpec(shape=shape, dtype="float32")], **kwargs}
+            return super().export(filepath, format=format, **given)
+        if keras.backend.backend() != "torch":
+            raise ValueError(
+                "ONNX is written on PyTorch only, and the backend is "
+                f"{keras.backend.backend()}. Save the weights, set KERAS_BACKEND=torch in a new "
+                "process, read them and export there."
+            )
+        import torch
+
+        height, width = (side or 224 for side in self._built_size)
+        # Two images: a batch of one would be taken for a constant.
+        images = torch.zeros((2, height, width, self.in_channels))
+        batch = {0: torch.export.Dim("batch")}
+        torch.onnx.export(
+            self.eval(), (images,), filepath, dynamo=True, dynamic_shapes=((batch,),), **kwargs
+        )
 
     def get_config(self):
         return {

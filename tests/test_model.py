@@ -62,6 +62,19 @@ def test_evaluation_is_deterministic_and_training_is_not(model, small_images):
     assert np.abs(first - second).max() > 1e-4
 
 
+def test_training_drops_paths_sample_by_sample():
+    """The step that `fit` runs drops paths; the one that `evaluate` runs does not."""
+    model = GCViT((7,), 8, (2,), (1,), path_drop=0.9, num_classes=3, mlp_ratio=1.0)
+    model.compile(keras.optimizers.SGD(0.0), "sparse_categorical_crossentropy", jit_compile=False)
+    image = RNG.normal(size=(1, 32, 32, 3)).astype("float32")
+    batch, labels = np.repeat(image, 8, axis=0), np.zeros(8, int)
+    assert len({float(model.train_on_batch(batch, labels)) for _ in range(4)}) > 1
+    assert len({float(model.test_on_batch(batch, labels)) for _ in range(2)}) == 1
+    trained = to_numpy(model(batch, training=True))
+    assert np.abs(trained - trained[0]).max() > 1e-6  # one image, eight different outcomes
+    assert np.ptp(run(model, batch), axis=0).max() < 1e-6
+
+
 @pytest.mark.parametrize(
     "size",
     [
@@ -158,6 +171,46 @@ def test_every_layer_is_built_and_used(small_images):
 
 
 @slow_on_jax
+def test_exported_file_gives_the_same(tmp_path):
+    """Each backend writes a form of its own, which is run without Keras."""
+    model = GCViT((7, 7), 16, (2, 2), (1, 2), num_classes=10)
+    model.build((None, 64, 64, 3))
+    images = RNG.normal(size=(3, 64, 64, 3)).astype("float32")
+    if keras.backend.backend() == "torch":
+        import torch
+
+        path = tmp_path / "m.pt2"
+        batch = {0: torch.export.Dim("batch")}
+        model.export(path, format="torch", dynamic_shapes=batch, verbose=False)
+        given = torch.from_numpy(images)
+        exported = torch.export.load(path).module()(given).detach().numpy()
+    else:
+        import tensorflow as tf
+
+        model.export(tmp_path / "m", verbose=False)
+        archive = tf.saved_model.load(tmp_path / "m")
+        exported = archive.serve(images).numpy()
+    np.testing.assert_allclose(exported, run(model, images), atol=1e-6)
+
+
+def test_onnx_gives_the_same_or_says_what_it_needs(tmp_path):
+    model = GCViT((7, 7), 16, (2, 2), (1, 2), num_classes=10)
+    model.build((None, 64, 64, 3))
+    if keras.backend.backend() != "torch":
+        with pytest.raises(ValueError, match="on PyTorch only, and the backend is"):
+            model.export(tmp_path / "m.onnx", format="onnx")
+        return
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model.export(tmp_path / "m.onnx", format="onnx", verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    for batch in (1, 3):
+        images = RNG.normal(size=(batch, 64, 64, 3)).astype("float32")
+        (exported,) = session.run(None, {session.get_inputs()[0].name: images})
+        np.testing.assert_allclose(exported, run(model, images), atol=1e-6)
+
+
+@slow_on_jax
 def test_save_and_load(model, tmp_path, small_images):
     model.save(tmp_path / "model.keras")
     twin = keras.models.load_model(tmp_path / "model.keras")
@@ -175,6 +228,17 @@ def test_half_precision_stays_near(model, small_images, policy, timm_file):
     exact = run(model, small_images)
     limit = 0.1 if policy == "mixed_bfloat16" else 0.02
     assert np.abs(logits - exact).max() < limit * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "mixed_float16", "mixed_bfloat16"])
+@slow_on_jax
+def test_half_precision_trains_a_step(policy):
+    model = GCViT((7,), 16, (2,), (2,), num_classes=3, dtype=policy)
+    model.compile(keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy", run_eagerly=True)
+    images = RNG.normal(size=(4, 32, 32, 3)).astype("float32")
+    losses = [float(model.train_on_batch(images, np.array([0, 1, 2, 0]))) for _ in range(3)]
+    assert np.isfinite(losses).all() and len(set(losses)) == 3
+    assert all(np.isfinite(to_numpy(v).astype("float32")).all() for v in model.weights)
 
 
 @pytest.mark.parametrize(
@@ -227,3 +291,50 @@ def test_a_new_head_is_new_even_with_as_many_classes(capsys):
         ["head", "kernel"],
         ["head", "bias"],
     ]
+
+
+@slow_on_jax
+def test_features_of_a_size_not_known_yet_make_a_functional_model(model, tmp_path):
+    given = keras.Input((None, None, 3))
+    graph = keras.Model(given, model.features(given))
+    graph.save(tmp_path / "features.keras")
+    read = keras.models.load_model(tmp_path / "features.keras")
+    for size in ((75, 110), (64, 64)):
+        images = RNG.normal(size=(2, *size, 3)).astype("float32")
+        wanted = run_features(model, images)
+        for maps in (graph.predict_on_batch(images), read.predict_on_batch(images)):
+            for name, value in wanted.items():
+                np.testing.assert_allclose(to_numpy(maps[name]), value, atol=2e-5)
+
+
+@slow_on_jax
+def test_without_top_come_the_last_map_and_its_mean(model, small_images):
+    last = run_features(model, small_images)["stage_3"]
+    for pooling, wanted in ((None, last), ("avg", last.mean(axis=(1, 2)))):
+        headless = small_model(include_top=False, pooling=pooling)
+        headless.set_weights(model.get_weights()[: len(headless.weights)])
+        np.testing.assert_allclose(run(headless, small_images), wanted, atol=2e-5)
+
+
+@slow_on_jax
+def test_a_head_on_the_maps_of_a_frozen_backbone_trains():
+    backbone = GCViT.from_preset("gcvit_nano", "flowers")
+    backbone.trainable = False
+    before = backbone.get_weights()
+    given = keras.Input((64, 96, 3))
+    maps = backbone.features(given)
+    assert len({x.shape[-1] for x in maps.values()}) == 4
+    score = keras.layers.Dense(2)(maps["stage_0"])
+    model = keras.Model(given, score)
+    assert len(model.trainable_weights) == 2
+    images = RNG.normal(size=(4, 64, 96, 3)).astype("float32")
+    images[:2, :, :48] *= 3  # noisier on the left, or on the right
+    images[2:, :, 48:] *= 3
+    truth = np.zeros((4, 16, 24), "int32")
+    truth[:2, :, :12] = truth[2:, :, 12:] = 1
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.03), loss)
+    losses = [float(model.train_on_batch(images, truth)) for _ in range(30)]
+    assert losses[-1] < 0.7 * losses[0]
+    for old, new in zip(before, backbone.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
