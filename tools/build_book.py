@@ -19,6 +19,7 @@ from pathlib import Path
 
 import nbformat
 import yaml
+from check_html import MADE_BY_SPHINX, project_faults, table_of_contents
 from dependencies import code_of, dependencies, package_modules
 from jupyter_cache import get_cache
 from jupyter_cache.base import CacheBundleIn
@@ -29,7 +30,7 @@ BOOK, PACKAGE, BUILD = ROOT / "book", ROOT / "gcvit", ROOT / "_build"
 CACHE, STATES = BUILD / ".jupyter_cache", BUILD / "chapter_states.json"
 DOCTREES = BUILD / ".doctrees"
 KERNEL_LOG = BUILD / "kernels.log"
-CONFIG = ROOT / "_config.yml"
+CONFIG, TOC, HTML = ROOT / "_config.yml", ROOT / "_toc.yml", BUILD / "html"
 SETTINGS = ("GCVIT_RUN", "TFDS_DATA_DIR", "KERAS_BACKEND", "KERAS_HOME")
 
 
@@ -151,9 +152,21 @@ def configuration(executed):
     return path
 
 
+def drop_leftovers():
+    """Remove the pages and images of earlier builds, to which nothing leads any more."""
+    kept = MADE_BY_SPHINX | set(table_of_contents(TOC))
+    for path in HTML.glob("*.html"):
+        if path.stem not in kept:
+            path.unlink()
+    shown = "".join(path.read_text(encoding="utf-8") for path in HTML.glob("*.html"))
+    for path in (HTML / "_images").glob("*"):
+        if path.name not in shown:
+            path.unlink()
+
+
 def fail(message):
     """End, and let no page of an earlier build pass for the new book."""
-    (BUILD / "html" / "index.html").unlink(missing_ok=True)
+    (HTML / "index.html").unlink(missing_ok=True)
     # A warning is said when a page is read: without this the next run would not read it.
     shutil.rmtree(DOCTREES, ignore_errors=True)
     sys.exit(message)
@@ -172,10 +185,13 @@ def main():
             fail("\n\n".join(failures))
     command = [Path(sys.executable).with_name("jupyter-book"), "build", str(BOOK)]
     options = ["--path-output", str(ROOT), "--config", str(configuration(executed))]
-    options += ["--toc", str(ROOT / "_toc.yml"), "--warningiserror", "--keep-going"]
+    options += ["--toc", str(TOC), "--warningiserror", "--keep-going"]
     if subprocess.run(command + options, check=False).returncode:
         fail("The book was not built: see the warnings above.")
-    print(f"The book is at {BUILD / 'html' / 'index.html'}. To read it: make serve")
+    drop_leftovers()
+    if found := project_faults(HTML):
+        fail("\n".join(["The book was built, but is not as it should be:", *found]))
+    print(f"The book is at {HTML / 'index.html'}. To read it: make serve")
 
 
 if __name__ == "__main__":
