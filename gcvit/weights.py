@@ -379,6 +379,19 @@ def _few(names):
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def with_digest(tensors, metadata=None):
+    """Return the bytes of a `.safetensors` file that carries a checksum of its values.
+
+    Args:
+        tensors: a dict of arrays.
+        metadata: a dict of strings for the header, or `None`.
+    """
+    from safetensors.numpy import save
+
+    digest = _payload_digest(save(tensors))
+    return save(tensors, {**(metadata or {}), _DIGEST: digest})
+
+
 def load_checkpoint(model, path, skip_head_mismatch=False, skip_head=False, sha256=None):
     """Read a checkpoint into a model, all of it or nothing.
 
@@ -534,18 +547,18 @@ def save_safetensors(model, path, dtype="float32", metadata=None, naming="offici
         metadata: a dict of strings to keep in the file's header.
         naming: "official", the default, or "timm": whose names the tensors get.
     """
-    from safetensors.numpy import save
-
     tensors = {
         slot.names[naming]: np.ascontiguousarray(
             slot.to_torch(ops.convert_to_numpy(slot.variable), naming).astype(dtype)
         )
         for slot in slots(model)
     }
-    digest = _payload_digest(save(tensors))
     unfinished = Path(f"{os.fspath(path)}.{os.getpid()}.part")
-    unfinished.write_bytes(save(tensors, {**(metadata or {}), _DIGEST: digest}))
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_bytes(with_digest(tensors, metadata))
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def looks_like_path(weights):
