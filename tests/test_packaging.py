@@ -1,0 +1,100 @@
+"""The package as readers get it: an sdist that builds, a wheel that works on its own."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+from shutil import copytree, ignore_patterns
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_SOURCE = ignore_patterns(".*", "_build", "build", "dist", "__pycache__", "*.egg-info")
+OFFLINE = ("--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check")
+
+
+def python(*arguments, cwd, **env):
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    source = tmp_path_factory.mktemp("source") / "book"
+    copytree(ROOT, source, ignore=NOT_SOURCE)
+    build = "from setuptools.build_meta import build_sdist; build_sdist('dist')"
+    python("-c", build, cwd=source)
+    (path,) = (source / "dist").glob("*.tar.gz")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """The wheel that the sdist builds, with nothing else at hand."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (source,) = folder.iterdir()
+    python("-m", "pip", "wheel", "--quiet", *OFFLINE, "-w", folder, source, cwd=folder)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    site = tmp_path_factory.mktemp("site")
+    python("-m", "pip", "install", "--quiet", *OFFLINE, "--target", site, wheel, cwd=site)
+    return site
+
+
+def test_sdist_holds_the_licences_and_the_readme(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "LICENSE-TEXT"} <= names
+
+
+def test_wheel_holds_all_of_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    files = (path for path in (ROOT / "gcvit").rglob("*") if path.is_file())
+    expected = {str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts}
+    assert names == expected
+
+
+def test_its_name_is_not_that_of_another_package(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(name).decode())
+    assert metadata["Name"] == "gcvit-book"  # PyPI's gcvit is another one
+    licences = {Path(name).name for name in metadata.get_all("License-File")}
+    assert licences == {"LICENSE", "LICENSE-TEXT"}
+
+
+def test_it_works_where_it_is_installed(installed):
+    code = """
+import importlib.metadata, gcvit, keras, numpy as np
+print(gcvit.__file__)
+print(importlib.metadata.version("gcvit-book"))
+model = gcvit.GCViT.from_preset("gcvit_nano", weights="flowers")
+print(keras.ops.convert_to_numpy(model(np.zeros((1, 128, 128, 3), "float32"))).sum())
+"""
+    out = python("-c", code, cwd=installed, PYTHONPATH=str(installed)).splitlines()
+    assert Path(out[0]).parent.parent == installed
+    assert out[1] == "0.1.0"
+    assert float(out[-1]) == pytest.approx(1, abs=1e-5)  # probabilities
+
+
+@pytest.mark.skipif(not (ROOT / "gcvit" / "__main__.py").exists(), reason="has no command")
+def test_its_command_explains_itself(installed):
+    assert "usage:" in python("-m", "gcvit", "--help", cwd=installed, PYTHONPATH=str(installed))
