@@ -40,13 +40,36 @@ def bicubic_matrix(size_in, size_out):
 
 def resize_bicubic(x, size):
     """Resize a map, (batch, height, width, channels), to `size`, (height, width)."""
+    if isinstance(x, keras.KerasTensor):
+        # A map of a functional model: its sides may not be known before an image comes.
+        return ResizeBicubic(size).symbolic_call(x)
     sides = ops.shape(x)[1:3]
     if all(isinstance(side, int) for side in sides) and tuple(sides) == tuple(size):
         return x
     rows, columns = (
         ops.cast(bicubic_matrix(a, b), x.dtype) for a, b in zip(sides, size, strict=True)
     )
-    return ops.einsum("ph,bhwc,qw->bpqc", rows, x, columns)
+    # In two steps: an exporter would fix the batch while it looks for the order of three.
+    return ops.einsum("qw,bpwc->bpqc", columns, ops.einsum("ph,bhwc->bpwc", rows, x))
+
+
+@keras.saving.register_keras_serializable(package="gcvit")
+class ResizeBicubic(keras.Operation):
+    """`resize_bicubic` as a step of a functional model.
+
+    Args:
+        size: (height, width) wanted.
+    """
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = tuple(size)
+
+    def call(self, x):
+        return resize_bicubic(x, self.size)
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor((x.shape[0], *self.size, x.shape[-1]), dtype=x.dtype)
 
 
 @keras.saving.register_keras_serializable(package="gcvit")
