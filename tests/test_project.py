@@ -1,7 +1,10 @@
 """What the project says of itself in several places is said alike."""
 
 import ast
+import importlib.metadata
+import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -45,15 +48,47 @@ def test_every_notebook_begins_with_the_same_cell():
     first = {code_cells(path)[0].source for path in NOTEBOOKS}
     assert len(first) == 1
     cell = first.pop()
-    assert f"git+{ADDRESS}" in cell and '"google.colab" in sys.modules' in cell
+    assert f'%pip install --quiet "gcvit-book @ git+{ADDRESS}"' in cell
 
 
-def test_the_first_cell_does_nothing_outside_colab():
+def run_first_cell(monkeypatch, installed, colab, replaced=()):
+    """Run the first cell on a host that is made up; return how often it called pip."""
     cell = code_cells(NOTEBOOKS[0])[0].source
-    ran = []
-    code = re.sub(r"%pip (.*)", r"ran.append(1)", cell)
-    exec(compile(code, "cell", "exec"), {"ran": ran})
-    assert ran == []
+    assert len(re.findall("%pip", cell)) == 1
+    calls, versions = [], {"numpy": "2", "pip": "25"}
+
+    def pip():
+        calls.append("pip")
+        versions.update(dict.fromkeys(replaced, "3"))
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
+    owners = {"numpy": ["numpy"], "a_module_that_is_not_loaded": ["pip"]}
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: owners)
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    if colab:
+        monkeypatch.setitem(sys.modules, "google.colab", object())
+    exec(compile(re.sub("%pip .*", "pip()", cell), "cell", "exec"), {"pip": pip})
+    return len(calls)
+
+
+@pytest.mark.parametrize("colab", [False, True])
+def test_the_first_cell_does_nothing_where_the_package_is(monkeypatch, colab):
+    assert run_first_cell(monkeypatch, installed=True, colab=colab) == 0
+
+
+def test_the_first_cell_installs_only_where_nothing_can_be_lost(monkeypatch):
+    assert run_first_cell(monkeypatch, installed=False, colab=True) == 1
+    with pytest.raises(ModuleNotFoundError, match=re.escape(sys.executable)):
+        sys.modules.pop("google.colab")
+        run_first_cell(monkeypatch, installed=False, colab=False)
+
+
+def test_the_first_cell_asks_for_a_restart_only_when_it_must(monkeypatch):
+    """That is when pip replaced a package that is loaded; another one does not matter."""
+    assert run_first_cell(monkeypatch, installed=False, colab=True, replaced=["pip"]) == 1
+    with pytest.raises(RuntimeError, match=r"Restart the runtime.*\['numpy'\] changed"):
+        run_first_cell(monkeypatch, installed=False, colab=True, replaced=["numpy"])
 
 
 def test_the_table_of_contents_lists_every_page():
@@ -112,7 +147,8 @@ def test_keras_cv_is_imported_in_one_place():
 def test_imports_run_one_way():
     """A module imports only from those before it, in the order of the chapters."""
     order = ["checks", "fetch", "unit_blocks", "stem", "global_tokens", "attention", "block"]
-    order += ["level", "presets", "weights", "model", "fine_tuning", "figures", "explain"]
+    order += ["level", "presets", "weights", "model", "convert", "cost", "fine_tuning", "figures"]
+    order += ["explain", "explorer"]
     for path in (ROOT / "gcvit").glob("*.py"):
         if path.stem in ("__init__", "__main__"):
             continue
