@@ -18,6 +18,9 @@ from gcvit.weights import (
     slots,
 )
 
+RESULTS = Path(__file__).parent / "results"
+"""Folder of what was measured elsewhere and ships with the package."""
+
 FORMATS = (".safetensors", ".weights.h5", ".keras")
 """What `convert` writes, by the ending of the file's name."""
 
