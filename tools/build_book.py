@@ -24,6 +24,7 @@ from dependencies import code_of, dependencies, package_modules
 from jupyter_cache import get_cache
 from jupyter_cache.base import CacheBundleIn
 from jupyter_cache.executors.utils import single_nb_execution
+from notebooks import what_failed
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK, PACKAGE, BUILD = ROOT / "book", ROOT / "gcvit", ROOT / "_build"
@@ -69,16 +70,6 @@ def stated_seconds(notebook):
     """Return how long a chapter says that it runs; one that does not say is taken for long."""
     found = re.search(r"It runs in\D*(\d+) (s|min)", notebook.cells[0].source)
     return int(found[1]) * (60 if found[2] == "min" else 1) if found else float("inf")
-
-
-def what_failed(notebook, at, error):
-    """Name the cell that ended a chapter, by its place among all its cells, and say why."""
-    where = "its kernel's start"
-    if at is not None:
-        number = sum(cell.cell_type == "code" for cell in notebook.cells[: at + 1])
-        where = f"code cell {number} (id {notebook.cells[at].get('id')})"
-    reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    return f"{where}:\n{reason}"
 
 
 def write_kernel_log():

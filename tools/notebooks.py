@@ -8,6 +8,7 @@ A cell keeps its id for ever; a cell without one gets one.
 
 import argparse
 import hashlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,16 @@ def tidied(notebook):
 def written(notebook):
     """Return the text of a notebook's file."""
     return nbformat.writes(notebook, indent=1).rstrip() + "\n"
+
+
+def what_failed(notebook, at, error):
+    """Name the cell that ended a chapter, by its place among all its cells, and say why."""
+    where = "its kernel's start"
+    if at is not None:
+        number = sum(cell.cell_type == "code" for cell in notebook.cells[: at + 1])
+        where = f"code cell {number} (id {notebook.cells[at].get('id')})"
+    reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return f"{where}:\n{reason}"
 
 
 def main():
