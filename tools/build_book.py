@@ -43,7 +43,7 @@ def chapter_states():
         found = dependencies(code_of(path), modules, exports)
         digest = hashlib.sha256(repr([os.environ.get(name) for name in SETTINGS]).encode())
         digest.update(repr(sorted(found.items())).encode())
-        files = [ROOT / "requirements.lock"]
+        files = [ROOT / "requirements-lock.txt"]
         if any(module == "weights" for module, _ in found):
             files += sorted((PACKAGE / "checkpoints").glob("*"))
         for file in files:
