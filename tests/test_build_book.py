@@ -112,7 +112,7 @@ def project(folder, **chapters):
     for tool in (ROOT / "tools").glob("*.py"):
         shutil.copy(tool, folder / "tools")
     (folder / "gcvit" / "__init__.py").write_text("")
-    (folder / "requirements.lock").write_text("")
+    (folder / "requirements-lock.txt").write_text("")
     (folder / "_config.yml").write_text("title: a book\nexecute:\n  timeout: 30\n")
     for name, code in chapters.items():
         cells = [

@@ -24,7 +24,7 @@ from dependencies import code_of, dependencies, package_modules
 from jupyter_cache import get_cache
 from jupyter_cache.base import CacheBundleIn
 from jupyter_cache.executors.utils import single_nb_execution
-from notebooks import what_failed
+from notebooks import tidied, what_failed, written
 
 ROOT = Path(__file__).resolve().parent.parent
 BOOK, PACKAGE, BUILD = ROOT / "book", ROOT / "gcvit", ROOT / "_build"
@@ -163,22 +163,42 @@ def fail(message):
     sys.exit(message)
 
 
+def drop_outputs():
+    """Take the outputs out of the notebooks that readers download: the page has them."""
+    for path in (HTML / "_sources").glob("*.ipynb"):
+        path.write_text(written(tidied(nbformat.read(path, as_version=4))), encoding="utf-8")
+
+
+def jupyter_book(config, into, *options):
+    """Run Jupyter Book; return whether it ended well."""
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", str(BOOK)]
+    command += ["--path-output", str(into), "--config", str(config), "--toc", str(TOC), *options]
+    return subprocess.run(command, check=False).returncode == 0
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument(
         "--executed", action="store_true", help="the notebooks hold their outputs: execute nothing"
     )
-    executed = parser.parse_args().executed
-    if not executed:
+    way.add_argument(
+        "--links", action="store_true", help="build nothing; ask the addresses whether they answer"
+    )
+    chosen = parser.parse_args()
+    config = configuration(chosen.executed or chosen.links)
+    if chosen.links:
+        answered = jupyter_book(config, BUILD / "links", "--builder", "linkcheck")
+        sys.exit(None if answered else "Some addresses do not answer: see above.")
+    if not chosen.executed:
         drop_stale(chapter_states())
         timeout = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["execute"]["timeout"]
         if failures := fill_cache(timeout):
             fail("\n\n".join(failures))
-    command = [Path(sys.executable).with_name("jupyter-book"), "build", str(BOOK)]
-    options = ["--path-output", str(ROOT), "--config", str(configuration(executed))]
-    options += ["--toc", str(TOC), "--warningiserror", "--keep-going"]
-    if subprocess.run(command + options, check=False).returncode:
+    if not jupyter_book(config, ROOT, "--warningiserror", "--keep-going"):
         fail("The book was not built: see the warnings above.")
+    if chosen.executed:
+        drop_outputs()
     drop_leftovers()
     if found := project_faults(HTML):
         fail("\n".join(["The book was built, but is not as it should be:", *found]))
