@@ -161,3 +161,36 @@ def test_lock_names_no_address():
     lock = (ROOT / "requirements-lock.txt").read_text(encoding="utf-8")
     assert "http" not in lock and "--hash=sha256:" in lock
     assert not re.search(r"^torch==", lock, re.M)
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_are_pinned_and_bounded(path):
+    """Beyond what zizmor and actionlint see: every job ends, and states what it may do."""
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert workflow["permissions"] == {} and workflow["concurrency"]
+    for name, job in workflow["jobs"].items():
+        assert job["timeout-minutes"] <= 150 and job["permissions"], name
+        for step in job["steps"]:
+            assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", step.get("uses", "a/b@" + "0" * 40))
+            if "cache" in step.get("uses", "") or "cache" in step.get("with", {}):
+                assert "requirements-lock.txt" in str(step["with"])
+
+
+def test_what_needs_a_network_has_a_marker_and_runs_weekly():
+    weekly = (ROOT / ".github" / "workflows" / "weekly.yml").read_text(encoding="utf-8")
+    assert "pytest -m network" in weekly
+    marked = "pytestmark = pytest.mark.network" in (ROOT / "tests" / "test_network.py").read_text()
+    assert marked
+
+
+def test_jupyter_book_is_held_below_version_2():
+    """Version 2 cannot read _config.yml."""
+    dependabot = yaml.safe_load((ROOT / ".github" / "dependabot.yml").read_text())
+    assert {"dependency-name": "jupyter-book", "versions": [">=2"]} in [
+        rule for update in dependabot["updates"] for rule in update.get("ignore", [])
+    ]
+    assert re.search(r'"jupyter-book>=1[\d.a-z]*,<2"', (ROOT / "pyproject.toml").read_text())
+    assert re.search(r"^jupyter-book==1\.", (ROOT / "requirements-lock.txt").read_text(), re.M)
