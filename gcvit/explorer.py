@@ -252,7 +252,7 @@ def picture(data, point=(0.5, 0.5)):
     for layer in data["layers"]:
         first.setdefault((layer["level"], layer["global"]), layer)
     levels = sorted({level for level, _ in first})
-    figure, axes = figures.panels(3, rows=len(levels), width=1.6)
+    figure, axes = figures.panels(3, rows=len(levels), width=1.9)
     for row, level in enumerate(levels):
         local, (asks, own, every) = first[level, False], axes[3 * row : 3 * row + 3]
         window, place = token_at(local, point)

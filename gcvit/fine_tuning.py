@@ -4,6 +4,8 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import inspect
+import json
 import os
 import sys
 import time
@@ -14,9 +16,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from gcvit.checks import pair
 from gcvit.fetch import FetchError
+from gcvit.model import GCViT
 from gcvit.presets import PRESETS
-from gcvit.weights import locate
+from gcvit.weights import (
+    CheckpointError,
+    load_checkpoint,
+    locate,
+    save_safetensors,
+    training_notes,
+)
 
 # Photographs.
 
@@ -73,6 +83,21 @@ class Photographs:
             train_size=train_size,
             validation_size=validation_size,
         )
+
+    def stored(self, side):
+        """Return the photographs resized to squares of `side` px and kept in memory.
+
+        The first pass decodes and resizes them; each later one is spared that.
+        """
+
+        def kept(part):
+            small = part.map(
+                lambda image, label: (tf.cast(tf.round(resize(image, side)), tf.uint8), label),
+                num_parallel_calls=tf.data.AUTOTUNE,
+            )
+            return small.cache()
+
+        return dataclasses.replace(self, train=kept(self.train), validation=kept(self.validation))
 
 
 def normalize(images):
@@ -328,6 +353,16 @@ def _examined(path):
         return error
 
 
+def _files_in(folder):
+    """Return all files in a folder and the folders in it, without litter."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and not any(map(_is_litter, [path, *path.relative_to(folder).parents[:-1]]))
+    ]
+
+
 def _files_by_class(folder):
     """Return {class name: its files}, or raise a `DatasetError` on what is out of place."""
     if not folder.is_dir():
@@ -346,12 +381,7 @@ def _files_by_class(folder):
         )
     found = {}
     for entry in entries:
-        inside = [path for path in sorted(entry.rglob("*")) if path.is_file()]
-        found[entry.name] = [
-            path
-            for path in inside
-            if not any(map(_is_litter, [path, *path.relative_to(entry).parents[:-1]]))
-        ]
+        found[entry.name] = _files_in(entry)
         if not found[entry.name]:
             raise DatasetError(f"{entry} holds no photographs. Fill it, or remove it.")
     return found
@@ -379,7 +409,34 @@ def _split(digests, share, rng):
     return parts
 
 
-def from_folder(folder, validation_share=0.1, seed=0, short_side=320):
+def photographs_in(paths):
+    """Return files, and the files in folders, in their order, without the systems' litter.
+
+    Raises:
+        DatasetError: if there is no such file or folder.
+    """
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += _files_in(path)
+        elif path.exists():
+            found.append(path)
+        else:
+            raise DatasetError(f"There is no file or folder {path}.")
+    return found
+
+
+def _listed(paths, most=20):
+    names = [os.fspath(path) for path in paths[:most]]
+    return ", ".join(names) + (f" and {len(paths) - most} others" if len(paths) > most else "")
+
+
+SHORT_SIDE = 320
+"""Pixels that photographs' shorter side is reduced to: more than a 224 px image needs, and
+little enough to be shuffled in memory."""
+
+
+def from_folder(folder, validation_share=0.1, seed=0, short_side=SHORT_SIDE):
     """Return the photographs of a folder that holds a folder for each class.
 
     Every file is decoded once before any is trained on, and none is left out: what cannot
@@ -392,8 +449,7 @@ def from_folder(folder, validation_share=0.1, seed=0, short_side=320):
         validation_share: share of each class that is for validation, at least one;
             default 0.1.
         seed: seed of the split; default 0.
-        short_side: see `read_photograph`; default 320: more than a 224 px image needs, and
-            little enough to be shuffled in memory.
+        short_side: see `read_photograph`; default `SHORT_SIDE`.
 
     Raises:
         DatasetError: if a file cannot be read, is in no class or in two, or if there are
@@ -405,10 +461,11 @@ def from_folder(folder, validation_share=0.1, seed=0, short_side=320):
     listed = [path for paths in files.values() for path in paths]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         examined = dict(zip(listed, pool.map(_examined, listed), strict=True))
-    errors = [error for error in examined.values() if isinstance(error, Exception)]
+    errors = {path: error for path, error in examined.items() if isinstance(error, Exception)}
     if errors:
-        more = f" {len(errors) - 1} more cannot be read." if errors[1:] else ""
-        raise DatasetError(f"{errors[0]}{more}")
+        first, *others = errors
+        more = f" {len(others)} more cannot be read: {_listed(others)}." if others else ""
+        raise DatasetError(f"{errors[first]}{more}")
     owners = {}
     for name, paths in files.items():
         for path in paths:
@@ -521,7 +578,22 @@ def crop_and_colour(image, image_size, seed, smallest=0.35):
     return 255.0 * tf.clip_by_value(image, 0.0, 1.0)
 
 
-def rand_augment(strength=0.2, operations=2, seed=0):
+class _Drawn(keras.random.SeedGenerator):
+    """Seeds for Keras's random layers that follow from two given integers.
+
+    A generator with a state gives out seeds in the order of the calls, which in a parallel
+    pipeline is another one each time.
+    """
+
+    def __init__(self, seed):
+        self.drawn = tf.cast(seed, tf.int32)
+
+    def next(self, ordered=True):
+        self.drawn, seed = tf.unstack(tf.random.split(self.drawn))
+        return seed
+
+
+def rand_augment(strength=0.2, operations=2):
     """Return an augmentation: `flip`, then a few operations drawn for each image.
 
     The operations are those of `keras.layers.RandAugment`, but for solarization, whose
@@ -532,34 +604,40 @@ def rand_augment(strength=0.2, operations=2, seed=0):
     Args:
         strength: how far they go, 0 to 1; default 0.2.
         operations: how many are applied to an image; default 2.
-        seed: seed of the amounts; default 0.
 
     Returns:
         A function for `make_dataset(augment=...)`.
     """
     layers, amounts = keras.layers, (0, 255)
     choices = [
-        layers.RandomShear(strength, strength, seed=seed),
-        layers.RandomTranslation(strength, strength, seed=seed),
-        layers.RandomRotation(strength / 4, seed=seed),  # a factor of 1 is a full turn
-        layers.RandomBrightness(strength, amounts, seed=seed),
-        layers.RandomColorDegeneration(strength, amounts, seed=seed),
-        layers.RandomContrast(strength, amounts, seed=seed),
+        layers.RandomShear(strength, strength),
+        layers.RandomTranslation(strength, strength),
+        layers.RandomRotation(strength / 4),  # a factor of 1 is a full turn
+        layers.RandomBrightness(strength, amounts),
+        layers.RandomColorDegeneration(strength, amounts),
+        layers.RandomContrast(strength, amounts),
         # 0.5 leaves an image as it is; less blurs it, more sharpens it.
-        layers.RandomSharpness((0.5 - strength / 2, 0.5 + strength / 2), amounts, seed=seed),
-        layers.RandomPosterization(max(1, round(8 - 4 * strength)), amounts, seed=seed),
+        layers.RandomSharpness((0.5 - strength / 2, 0.5 + strength / 2), amounts),
+        layers.RandomPosterization(max(1, round(8 - 4 * strength)), amounts),
         layers.AutoContrast(amounts),
         layers.Equalization(amounts),
     ]
 
-    def augment(image, image_size, draw):
-        image = flip(image, image_size, draw)
+    def apply(layer, image, seed):
+        # As a layer does when it is called, but with a seed of the image's own; and as a
+        # batch of one, which all of them take.
+        draw = layer.get_random_transformation(image[None], training=True, seed=_Drawn(seed))
+        return layer.transform_images(image[None], draw, training=True)[0]
+
+    def augment(image, image_size, seed):
+        image = flip(image, image_size, seed)
         shape = image.shape
-        for drawn in tf.unstack(tf.random.split(draw, operations), operations):
+        for drawn in tf.unstack(tf.random.split(seed, operations), operations):
             which = tf.random.stateless_uniform([], drawn, 0, len(choices), tf.int32)
             # Each branch is bound to the image now, not when it is called.
             branches = [
-                lambda image=image, layer=layer: layer(image, training=True) for layer in choices
+                lambda image=image, layer=layer, drawn=drawn: apply(layer, image, drawn)
+                for layer in choices
             ]
             image = tf.ensure_shape(tf.switch_case(which, branches), shape)
         return image
@@ -567,7 +645,26 @@ def rand_augment(strength=0.2, operations=2, seed=0):
     return augment
 
 
-def make_dataset(photos, image_size, batch_size=32, train=False, augment=flip, seed=0):
+def _pass(seed, epoch):
+    """Return a dataset of one element, two integers that are others in each pass."""
+    if epoch is None:
+        numbers = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(1)
+    else:
+        numbers = tf.data.Dataset.from_tensors(0).map(lambda _: epoch.read_value())
+    return numbers.map(lambda number: tf.stack([tf.cast(seed, tf.int64), number]))
+
+
+def _fold(seed, number):
+    return tf.random.experimental.stateless_fold_in(seed, number)
+
+
+def _sized(dataset, like):
+    """Tell a dataset that it has as many elements as another, where that is known."""
+    count = like.cardinality()
+    return dataset if count < 0 else dataset.apply(tf.data.experimental.assert_cardinality(count))
+
+
+def make_dataset(photos, image_size, batch_size=32, train=False, augment=flip, seed=0, epoch=None):
     """Turn photographs into batches that a model takes.
 
     Args:
@@ -577,25 +674,29 @@ def make_dataset(photos, image_size, batch_size=32, train=False, augment=flip, s
         train: whether to shuffle and augment; default `False`.
         augment: function of (image, image_size, two random integers) that returns an
             image of that size; default `flip`.
-        seed: seed of order and augmentation; default 0. Each pass draws anew.
+        seed: seed of order and augmentation; default 0.
+        epoch: `tf.Variable`, int64, from whose value at the beginning of a pass the order
+            and all draws of that pass follow. Default `None`: each pass draws anew.
 
     Returns:
         `tf.data.Dataset` of ((batch, height, width, 3) float32, normalized; (batch,) labels).
     """
-    if train:
-        photos = photos.shuffle(10 * batch_size, seed=seed)
-        draws = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).batch(2)
-        photos = tf.data.Dataset.zip(photos, draws)
 
-    def prepare(image_and_label, draw=None):
-        image, label = image_and_label
-        image = augment(image, image_size, draw) if train else resize(image, image_size)
+    def shuffled(seed):
+        # This function's own; TensorFlow's global seed would be mixed in, and fails if it is 0.
+        tf.compat.v1.set_random_seed(1)
+        order = photos.shuffle(10 * batch_size, seed=seed[1], reshuffle_each_iteration=False)
+        return order.enumerate().map(lambda i, photo: (*photo, _fold(seed, i)))
+
+    def prepare(image, label, seed=None):
+        image = resize(image, image_size) if seed is None else augment(image, image_size, seed)
         return normalize(image), label
 
-    if not train:
-        photos = photos.map(lambda image, label: ((image, label),))
-    photos = photos.map(prepare, num_parallel_calls=tf.data.AUTOTUNE)
-    return photos.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+    found = photos
+    if train:
+        found = _sized(_pass(seed, epoch).flat_map(shuffled), photos)
+    found = found.map(prepare, num_parallel_calls=tf.data.AUTOTUNE)
+    return found.batch(batch_size).prefetch(tf.data.AUTOTUNE)
 
 
 def one_hot(batches, classes):
@@ -603,7 +704,7 @@ def one_hot(batches, classes):
     return batches.map(lambda images, labels: (images, tf.one_hot(labels, classes)))
 
 
-def mix(batches, seed=0):
+def mix(batches, seed=0, epoch=None):
     """Blend the images of two batches in three, and their labels with them.
 
     By turns, a batch is blended pixel by pixel (MixUp), gets rectangles of its other images
@@ -612,19 +713,28 @@ def mix(batches, seed=0):
     Args:
         batches: `tf.data.Dataset` of (images, one-hot labels).
         seed: seed of the blending; default 0.
+        epoch: see `make_dataset`.
     """
-    mixers = [keras.layers.MixUp(0.2, seed=seed), keras.layers.CutMix(1.0, seed=seed)]
+    mixers = [keras.layers.MixUp(0.2), keras.layers.CutMix(1.0)]
 
-    def blend(number, batch):
-        data = {"images": batch[0], "labels": batch[1]}
-        branches = [lambda layer=layer: layer(data, training=True) for layer in mixers]
-        mixed = tf.switch_case(tf.cast(number % 3, tf.int32), [*branches, lambda: data])
-        return (
-            tf.ensure_shape(mixed["images"], batch[0].shape),
-            tf.ensure_shape(mixed["labels"], batch[1].shape),
-        )
+    def apply(layer, images, labels, seed):
+        data = {"images": images, "labels": labels}
+        draw = layer.get_random_transformation(data, training=True, seed=_Drawn(seed))
+        return layer.transform_images(images, draw), layer.transform_labels(labels, draw)
 
-    return batches.enumerate().map(blend).prefetch(tf.data.AUTOTUNE)
+    def blend(number, batch, seed):
+        images, labels = batch
+        seed = _fold(seed, number)
+        branches = [lambda layer=layer: apply(layer, images, labels, seed) for layer in mixers]
+        which = tf.cast(number % 3, tf.int32)
+        mixed, shares = tf.switch_case(which, [*branches, lambda: (images, labels)])
+        return tf.ensure_shape(mixed, images.shape), tf.ensure_shape(shares, labels.shape)
+
+    # A stream of its own: the same integers also draw the augmentation.
+    seeds = _pass(seed + 1, epoch).flat_map(lambda one: tf.data.Dataset.from_tensors(one).repeat())
+    numbered = tf.data.Dataset.zip(batches.enumerate(), seeds)
+    mixed = numbered.map(lambda pair, seed: blend(*pair, seed))
+    return _sized(mixed, batches).prefetch(tf.data.AUTOTUNE)
 
 
 # How much is run.
@@ -717,7 +827,9 @@ def imagenet_weights():
     return True
 
 
-_DTYPES = {"gpu": "mixed_float16", "tpu": "mixed_bfloat16", None: "float32"}
+def precision():
+    """Return what to compute in here: a mixed precision on an accelerator, else "float32"."""
+    return {"gpu": "mixed_float16", "tpu": "mixed_bfloat16", None: "float32"}[accelerator()]
 
 
 def run_plan(photos):
@@ -775,7 +887,7 @@ def run_plan(photos):
         "full" if full else "quick",
         **model,
         **sizes,
-        dtype=_DTYPES[device],
+        dtype=precision(),
         recipe=recipe,
         notes=tuple(notes),
     )
@@ -881,18 +993,241 @@ def adamw(learning_rate, weight_decay=0.05, rates=None, **kwargs):
     return optimizer
 
 
-def _make_variables(model, labels, classes):
+class BackupError(ValueError):
+    """The state of a training run cannot be read, or is another run's."""
+
+
+class Keeper(keras.callbacks.Callback):
+    """Keeps the best epoch's weights and, in a file, all that a run that is cut off needs.
+
+    The file is replaced as a whole after each epoch: the weights, those of the best epoch,
+    the optimizer's and the random generators' state, and the numbers so far. Where the
+    optimizer averages the weights, the averages are what is validated and kept.
+
+    Keras has a callback for each of the three. Together they lose the best weights when a
+    run is cut off, and can be cut off themselves between two files.
+
+    Args:
+        model: a compiled model, whose optimizer is built.
+        run: what must be the same for a run to go on: a dict of JSON's types.
+        file: where the state is kept; default `None`: nowhere.
+        patience: epochs without a lower validation loss after which the run ends; default
+            `None`: it does not.
+        leave_best: whether the model has the best epoch's weights at the end; default
+            `True`; else the last epoch's.
+    """
+
+    def __init__(self, model, run, file=None, patience=None, leave_best=True):
+        super().__init__()
+        self.set_model(model)
+        self.run = json.loads(json.dumps(run))
+        self.file = Path(file) if file else None
+        self.patience = patience
+        self.leave_best = leave_best
+        self.pass_number = tf.Variable(0, dtype="int64", trainable=False)
+        self.logs = []
+        self.best_epoch, self.best_weights = None, None
+        self.trained = None  # the weights that are trained on, while averages stand in
+        self.on_best = None  # called after an epoch that is the best so far
+        self.interrupted = False
+
+    @property
+    def history(self):
+        """The numbers of each epoch so far: {name: list}."""
+        return {name: [logs[name] for logs in self.logs] for name in (self.logs or [{}])[0]}
+
+    @property
+    def ended(self):
+        """Whether the patience is at its end."""
+        waited = len(self.logs) - 1 - (self.best_epoch or 0)
+        return self.patience is not None and waited >= self.patience
+
+    def state(self):
+        """Return the variables that a run goes on from."""
+        return [*self.model.variables, *self.model.optimizer.variables]
+
+    def resume(self):
+        """Go on from the file, where there is one.
+
+        Raises:
+            BackupError: if the file is damaged or another run's.
+        """
+        if self.file is None or not self.file.exists():
+            return
+        way_out = "To start anew, delete it; to keep it, name another folder."
+        try:
+            with np.load(self.file) as kept:
+                said = json.loads(str(kept["said"]))
+                values = [kept[f"state{i}"] for i in range(said["states"])]
+                best = [kept[f"best{i}"] for i in range(said["bests"])]
+        except Exception as error:  # whatever a damaged file raises
+            raise BackupError(f"{self.file} cannot be read ({error}). {way_out}") from error
+        for name, here in self.run.items():
+            if said["run"].get(name) != here:
+                raise BackupError(
+                    f"{self.file} is of another run: its {name} is {said['run'].get(name)}, here "
+                    f"it is {here}. {way_out}"
+                )
+        for variable, value in zip(self.state(), values, strict=True):
+            variable.assign(value)
+        self.logs, self.best_epoch, self.best_weights = (
+            said["logs"],
+            said["best_epoch"],
+            best or None,
+        )
+
+    def write(self):
+        """Write what `resume` reads; the file is whole or the one before, never a part."""
+        state = [keras.ops.convert_to_numpy(variable) for variable in self.state()]
+        said = {"run": self.run, "logs": self.logs, "best_epoch": self.best_epoch}
+        said |= {"states": len(state), "bests": len(self.best_weights or [])}
+        arrays = {f"state{i}": value for i, value in enumerate(state)}
+        arrays |= {f"best{i}": value for i, value in enumerate(self.best_weights or [])}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.file.with_suffix(".part")
+        with open(unfinished, "wb") as file:
+            np.savez(file, said=json.dumps(said), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, self.file)
+
+    def restore_best(self):
+        """Give the model the best epoch's weights, if an epoch has been finished."""
+        if self.best_weights is not None:
+            self.model.set_weights(self.best_weights)
+
+    def take_averages(self):
+        """Have the averages stand in for the weights that are trained on, if there are any."""
+        variables = self.model.trainable_variables
+        self.trained = [keras.ops.convert_to_numpy(variable) for variable in variables]
+        self.model.optimizer.finalize_variable_values(variables)
+
+    def return_trained(self):
+        """Undo `take_averages`."""
+        if self.trained is not None:
+            for variable, value in zip(self.model.trainable_variables, self.trained, strict=True):
+                variable.assign(value)
+            self.trained = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.pass_number.assign(epoch)
+
+    def on_test_begin(self, logs=None):
+        self.take_averages()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.logs.append({name: float(value) for name, value in (logs or {}).items()})
+        losses = self.history["val_loss"]
+        if losses[-1] <= np.nanmin([*losses, np.inf]):  # never so for NaN
+            self.best_epoch, self.best_weights = epoch, self.model.get_weights()
+            if self.on_best:
+                self.on_best()
+        self.return_trained()
+        if self.file:
+            self.write()
+        self.model.stop_training = self.ended
+
+    def on_train_end(self, logs=None):
+        if self.leave_best:
+            self.restore_best()
+
+
+@dataclasses.dataclass
+class Run:
+    """A training run, ready for `fit`.
+
+    Attributes:
+        train: batches to train on.
+        validation: batches to validate on.
+        epochs: passes over them.
+        keeper: its `Keeper`.
+    """
+
+    train: tf.data.Dataset
+    validation: tf.data.Dataset
+    epochs: int
+    keeper: Keeper
+
+
+def fit(model, run, verbose=None, callbacks=(), on_best=None, **kwargs):
+    """Train a model, from where the run was cut off if it was.
+
+    An interrupt (Ctrl-C, or the notebook's stop button) ends the run with the weights of
+    the best epoch; the backup stays, and the next call goes on from it. A run that ends by
+    itself removes its backup.
+
+    Args:
+        model: a model that a recipe has prepared.
+        run: what the recipe returned: a `Run`.
+        verbose: see `keras.Model.fit`; default: `verbosity()`.
+        callbacks: more of them. What they add to the logs of an epoch is kept with the rest.
+        on_best: function without arguments that is called after each epoch that is the best
+            so far, with its weights in the model; default `None`.
+        **kwargs: what else `keras.Model.fit` takes, such as `class_weight`.
+
+    Returns:
+        Loss and metrics after each epoch, those before a cut too: {name: list}.
+
+    Raises:
+        BackupError: if the backup is damaged or another run's.
+    """
+    keeper = run.keeper
+    keeper.on_best, keeper.interrupted = on_best, False
+    keeper.resume()
+    done = len(keeper.logs)
+    if done:
+        print(f"Going on after epoch {done} of {run.epochs}.")
+    try:
+        if done < run.epochs and not keeper.ended:
+            model.fit(
+                run.train,
+                validation_data=run.validation,
+                epochs=run.epochs,
+                initial_epoch=done,
+                callbacks=[*callbacks, keeper],
+                shuffle=False,  # the batches are shuffled already
+                verbose=verbosity() if verbose is None else verbose,
+                **kwargs,
+            )
+        else:
+            keeper.on_train_end()
+    except KeyboardInterrupt:
+        keeper.interrupted = True
+        keeper.restore_best()
+        best = keeper.best_epoch
+        has = "those it had then" if best is None else f"those of epoch {best + 1}"
+        print(f"\nInterrupted after {len(keeper.logs)} epochs; the weights are {has}.")
+    else:
+        if keeper.file:
+            keeper.file.unlink(missing_ok=True)
+    return keeper.history
+
+
+def make_variables(model, labels, classes):
     """Make the variables of a compiled model's optimizer and metrics.
 
     Made in the first step, as they are by default, they have TensorFlow trace it twice,
-    which takes longer than many a step.
+    which takes longer than many a step. A backup is read into them.
     """
     model.optimizer.build(model.trainable_variables)
     model.compute_metrics(None, labels, np.zeros((1, classes), "float32"))
     model.reset_metrics()
 
 
-def original(model, photos, plan, backup=None):
+def _described(model, photos, plan, recipe, **settings):
+    """Return what two runs share of which one can go on from the other's backup."""
+    described = {
+        "recipe": recipe,
+        "classes": list(photos.class_names),
+        "photographs": [photos.train_size, photos.validation_size],
+        "weights' shapes": [list(variable.shape) for variable in model.weights],
+    }
+    for name in ("image_size", "epochs", "batch_size", "dtype"):
+        described[name] = getattr(plan, name)
+    return {**described, **settings}
+
+
+def original(model, photos, plan, backup=None, seed=0):
     """Prepare the recipe of the original notebook: flips, Adam at 1e-3, nothing else.
 
     Args:
@@ -901,10 +1236,10 @@ def original(model, photos, plan, backup=None):
         plan: the `Plan`, for the image size, the batch size and the epochs.
         backup: folder to keep the state of a training run in that is cut off; default
             `None`: it is not kept.
+        seed: seed of the photographs' order and of all that is done to them; default 0.
 
     Returns:
-        Batches to train on, batches to validate on, and the callbacks: what
-        `Model.fit` takes.
+        A `Run`, for `fit`.
     """
     size = plan.image_size, plan.batch_size
     model.compile(
@@ -913,13 +1248,16 @@ def original(model, photos, plan, backup=None):
         metrics=["accuracy"],
         jit_compile=jit_compile(),
     )
-    _make_variables(model, np.zeros(1), len(photos.class_names))
-    callbacks = [keras.callbacks.BackupAndRestore(backup)] if backup else []
-    train = make_dataset(photos.train, *size, train=True)
-    return train, make_dataset(photos.validation, *size), callbacks
+    make_variables(model, np.zeros(1), len(photos.class_names))
+    described = _described(model, photos, plan, "original", seed=seed)
+    keeper = Keeper(model, described, backup and Path(backup) / "run.npz", leave_best=False)
+    train = make_dataset(photos.train, *size, train=True, seed=seed, epoch=keeper.pass_number)
+    return Run(train, make_dataset(photos.validation, *size), plan.epochs, keeper)
 
 
-def better(model, photos, plan, backup=None, peak=1e-3, patience=3):
+def better(
+    model, photos, plan, backup=None, seed=0, peak=1e-3, layer_decay=0.75, strength=0.2, patience=3
+):
     """Prepare a recipe that holds on to what the pretrained model knows.
 
     AdamW with warmup and cosine, lower rates for the earlier layers, RandAugment, MixUp and
@@ -930,19 +1268,23 @@ def better(model, photos, plan, backup=None, peak=1e-3, patience=3):
         photos: see `original`.
         plan: see `original`.
         backup: see `original`.
+        seed: see `original`.
         peak: highest learning rate; default 1e-3.
-        patience: epochs without a lower validation loss after which it stops; default 3.
+        layer_decay: see `layer_rates`; default 0.75. From random weights there is nothing
+            to hold on to: 1.
+        strength: see `rand_augment`; default 0.2.
+        patience: epochs without a lower validation loss after which it stops; default 3;
+            `None`: it does not.
 
     Returns:
         See `original`. Labels are one-hot here.
     """
     classes, size = len(photos.class_names), (plan.image_size, plan.batch_size)
-    train = make_dataset(photos.train, *size, train=True, augment=rand_augment())
     steps = plan.epochs * -(-photos.train_size // plan.batch_size)
     model.compile(
         adamw(
             WarmupCosine(peak, steps // 10, steps),
-            rates=layer_rates(model),
+            rates=layer_rates(model, layer_decay),
             global_clipnorm=1.0,
             use_ema=True,
             ema_momentum=1 - 1 / max(steps / 10, 2),  # the average spans a tenth of the run
@@ -951,17 +1293,21 @@ def better(model, photos, plan, backup=None, peak=1e-3, patience=3):
         metrics=["accuracy"],
         jit_compile=jit_compile(),
     )
-    _make_variables(model, np.zeros((1, classes)), classes)
-    # The order matters: the backup holds the weights that are trained on, the best epoch's
-    # weights are averages.
-    callbacks = [
-        keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
-        keras.callbacks.EarlyStopping(patience=patience, restore_best_weights=True),
-    ]
-    if backup:
-        callbacks.insert(0, keras.callbacks.BackupAndRestore(backup))
+    make_variables(model, np.zeros((1, classes)), classes)
+    settings = {"peak": peak, "layer_decay": layer_decay, "strength": strength}
+    described = _described(model, photos, plan, "better", seed=seed, **settings)
+    keeper = Keeper(model, described, backup and Path(backup) / "run.npz", patience)
+    train = make_dataset(
+        photos.train,
+        *size,
+        train=True,
+        augment=rand_augment(strength),
+        seed=seed,
+        epoch=keeper.pass_number,
+    )
+    train = mix(one_hot(train, classes), seed, keeper.pass_number)
     validation = one_hot(make_dataset(photos.validation, *size), classes)
-    return mix(one_hot(train, classes)), validation, callbacks
+    return Run(train, validation, plan.epochs, keeper)
 
 
 RECIPES = {"original": original, "better": better}
@@ -969,6 +1315,133 @@ RECIPES = {"original": original, "better": better}
 
 
 # Afterwards.
+
+
+def _architecture(model):
+    """Return the arguments that build a model like this one, as JSON's types."""
+    named = inspect.signature(GCViT.__init__).parameters
+    config = json.loads(json.dumps(model.get_config()))
+    return {name: value for name, value in config.items() if name in named}
+
+
+def save_classifier(path, model, class_names, image_size, **notes):
+    """Write a model and what its use takes into one `.safetensors` file.
+
+    The file holds tensors and text, nothing that is run when it is read.
+
+    Args:
+        path: the file; it is replaced only when the new one is whole.
+        model: a built `GCViT`.
+        class_names: name of each class.
+        image_size: side in pixels of the images that it was trained on, or (height, width).
+        **notes: what else is to be known of it: of JSON's types.
+    """
+    notes = {
+        "config": _architecture(model),
+        "classes": list(class_names),
+        "image_size": image_size,
+        "mean": MEAN.tolist(),
+        "deviation": DEVIATION.tolist(),
+        **notes,
+    }
+    save_safetensors(model, path, metadata={k: json.dumps(v) for k, v in notes.items()})
+
+
+@dataclasses.dataclass
+class Classifier:
+    """A trained model with what its use takes.
+
+    Attributes:
+        model: a `GCViT` that gives probabilities.
+        class_names: name of each class.
+        image_size: side in pixels of the images that it takes, or (height, width).
+        mean: what is subtracted from red, green and blue, 0 to 255.
+        deviation: what they are divided by then.
+        notes: what else the file says of the model.
+    """
+
+    model: GCViT
+    class_names: list
+    image_size: int | list
+    mean: np.ndarray
+    deviation: np.ndarray
+    notes: dict
+
+    def image(self, path):
+        """Return a photograph as the model takes it: (height, width, 3) float32."""
+        photograph = read_photograph(path, max(SHORT_SIDE, np.max(self.image_size)))
+        return (resize(photograph, self.image_size).numpy() - self.mean) / self.deviation
+
+    def predict(self, paths, batch_size=32):
+        """Yield (path, probabilities of the classes, or the `DatasetError`) for each path.
+
+        Args:
+            paths: files of photographs, of which one batch is in memory at a time.
+            batch_size: photographs that are predicted together; default 32.
+        """
+
+        def attempt(path):
+            try:
+                return self.image(path)
+            except DatasetError as error:
+                return error
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for begin in range(0, len(paths), batch_size):
+                some = paths[begin : begin + batch_size]
+                found = list(pool.map(attempt, some))
+                images = [image for image in found if isinstance(image, np.ndarray)]
+                if images:
+                    # Filled up, so that all batches have the shape that was compiled.
+                    missing = min(batch_size, len(paths)) - len(images)
+                    batch = np.stack(images + [images[0]] * missing)
+                    rows = iter(self.model.predict_on_batch(batch.astype("float32")))
+                for path, image in zip(some, found, strict=True):
+                    yield path, next(rows) if isinstance(image, np.ndarray) else image
+
+
+def load_classifier(path):
+    """Read what `save_classifier` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A `Classifier`.
+
+    Raises:
+        gcvit.CheckpointError: if the file is damaged, or does not say what its use takes.
+        FileNotFoundError: if there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        notes = {name: _parsed(text) for name, text in training_notes(path).items()}
+        preset = PRESETS.get(notes.get("preset"), {})
+        image_size = notes.pop("image_size", preset.get("image_size"))
+        config, class_names = notes.pop("config"), notes.pop("classes")
+        model = GCViT(**config)
+        model.build((None, *pair("image_size", image_size), 3))
+    except Exception as error:  # whatever a foreign or damaged file leads to
+        raise CheckpointError(
+            f"{path} does not say what a classifier needs ({type(error).__name__}: {error}): its "
+            "model, classes and image size. `python -m gcvit train` writes such a file."
+        ) from error
+    load_checkpoint(model, path)
+    model.compile(jit_compile=jit_compile())
+    scale = [
+        np.float32(notes.pop(name, by)) for name, by in (("mean", MEAN), ("deviation", DEVIATION))
+    ]
+    return Classifier(model, class_names, image_size, *scale, notes)
+
+
+def _parsed(text):
+    """Return what a text of JSON holds, or the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def confusion_matrix(labels, predicted, classes):
@@ -1034,6 +1507,38 @@ def calibration(labels, probabilities, bins=10):
     accuracy = np.bincount(which, right, bins)[filled] / count[filled]
     error = np.sum(count[filled] * np.abs(mean_confidence - accuracy)) / len(confidence)
     return Calibration(mean_confidence, accuracy, count[filled], float(error))
+
+
+def evaluate(model, batches, class_names):
+    """Return how good a model is on photographs: plain numbers, as JSON takes them.
+
+    Args:
+        model: a model that gives probabilities.
+        batches: `tf.data.Dataset` of (images, labels).
+        class_names: name of each class.
+
+    Returns:
+        A dict: "accuracy", "calibration_error", "confusion_matrix", and "per_class", {name:
+        {"precision", "recall", "photographs"}}, where `None` stands for 0 of 0.
+    """
+    probabilities = model.predict(batches, verbose=0)
+    labels = np.concatenate([labels for _, labels in batches])
+    matrix = confusion_matrix(labels, probabilities.argmax(-1), len(class_names))
+    rates = [
+        [None if np.isnan(rate) else float(rate) for rate in rates]
+        for rates in precision_and_recall(matrix)
+    ]
+    return {
+        "accuracy": float(matrix.trace() / matrix.sum()),
+        "calibration_error": calibration(labels, probabilities).error,
+        "confusion_matrix": matrix.tolist(),
+        "per_class": {
+            name: {"precision": precise, "recall": recalled, "photographs": int(count)}
+            for name, precise, recalled, count in zip(
+                class_names, *rates, matrix.sum(axis=1), strict=True
+            )
+        },
+    }
 
 
 def pipeline_speed(batches, seconds=2.0):

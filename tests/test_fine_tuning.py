@@ -1,8 +1,12 @@
 """Chapter 8: the photographs, the recipes and the numbers that judge them."""
 
 import json
+import signal
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -13,7 +17,13 @@ from PIL import Image
 from skimage import data
 
 from gcvit import FetchError, GCViT, explain, fine_tuning
-from gcvit.fine_tuning import DatasetError, Photographs, from_folder, read_photograph
+from gcvit.fine_tuning import (
+    BackupError,
+    DatasetError,
+    Photographs,
+    from_folder,
+    read_photograph,
+)
 
 CLASSES = ["dandelion", "daisy", "tulips", "sunflowers", "roses"]
 
@@ -198,6 +208,34 @@ def test_rand_augment_keeps_shape_and_range_and_draws_for_each_image():
     images = fine_tuning.denormalize(next(iter(batches))[0])
     assert images.shape == (24, 32, 32, 3)
     assert len({image.tobytes() for image in images}) > 18
+
+
+def test_what_a_pass_draws_follows_from_the_epoch():
+    photos = fine_tuning.embedded_photographs(per_class=4)
+    epoch = tf.Variable(0, dtype="int64")
+
+    def drawn(seed=0):
+        batches = fine_tuning.make_dataset(
+            photos.train, 32, 8, True, fine_tuning.rand_augment(), seed, epoch
+        )
+        mixed = fine_tuning.mix(fine_tuning.one_hot(batches, 7), seed, epoch)
+        assert mixed.cardinality() == 4
+        return np.concatenate([images for images, _ in mixed]).tobytes()
+
+    keras.utils.set_random_seed(0)
+    first = drawn()
+    keras.utils.set_random_seed(1)
+    assert drawn() == first and drawn(seed=1) != first
+    epoch.assign(1)
+    assert drawn() != first
+
+
+def test_stored_photographs_are_the_resized_ones():
+    photos = fine_tuning.embedded_photographs(per_class=4)
+    stored = photos.stored(32)
+    for (image, label), (small, same) in zip(photos.train, stored.train, strict=True):
+        assert small.shape == (32, 32, 3) and small.dtype == tf.uint8 and label == same
+        assert np.abs(fine_tuning.resize(image, 32) - tf.cast(small, "float32")).max() <= 0.5
 
 
 def test_mixing_blends_labels_as_it_blends_pixels():
@@ -513,9 +551,10 @@ def test_earlier_layers_learn_at_lower_rates():
     assert again.rates == rates
 
 
-def plain_model():
+def plain_model(drop_rate=0.0):
     """Build a model without levels: what the callbacks do, they do to any, and faster."""
     layers = [keras.layers.AveragePooling2D(8), keras.layers.Flatten()]
+    layers.append(keras.layers.Dropout(drop_rate))
     model = keras.Sequential([keras.Input((32, 32, 3)), *layers])
     model.add(keras.layers.Dense(2, activation="softmax"))
     model.levels = []
@@ -529,65 +568,202 @@ def plan_for(epochs, **overrides):
     return fine_tuning.dataclasses.replace(plan, **overrides)
 
 
-@pytest.fixture(scope="module")
-def two_classes():
-    """Sixteen photographs, dark ones and bright ones, and the batches that they make."""
+def dark_and_bright():
+    """Return sixteen photographs, dark ones and bright ones."""
     rng = np.random.default_rng(0)
     labels = np.arange(16) % 2
     images = rng.integers(0, 128, (16, 32, 32, 3)) + 100 * labels[:, None, None, None]
     photos = tf.data.Dataset.from_tensor_slices((images.astype("uint8"), labels))
-    photos = Photographs(photos, photos, ["dark", "bright"], 16, 16, "")
+    return Photographs(photos, photos, ["dark", "bright"], 16, 16, "")
+
+
+@pytest.fixture(scope="module")
+def two_classes():
+    """Dark and bright photographs, and the batches that they make."""
+    photos = dark_and_bright()
     batches = fine_tuning.make_dataset(photos.validation, 32, 8)
     return photos, fine_tuning.one_hot(batches, 2)
 
 
-class Killed(Exception):
-    pass
+@pytest.fixture
+def undistorted(monkeypatch):
+    """Spare a run the augmentation, which takes TensorFlow a second to trace."""
+    monkeypatch.setattr(fine_tuning, "rand_augment", lambda strength: fine_tuning.flip)
+    monkeypatch.setattr(fine_tuning, "mix", lambda batches, seed, epoch: batches)
 
 
-class Killer(keras.callbacks.Callback):
+class At(keras.callbacks.Callback):
+    """Does something in the middle of an epoch."""
+
+    def __init__(self, epoch, act):
+        super().__init__()
+        self.wanted, self.act = epoch, act
+
     def on_epoch_begin(self, epoch, logs=None):
-        if epoch == 2:
-            raise Killed
+        self.now = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.now == self.wanted and batch == 0:
+            self.act()
 
 
-def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(two_classes, tmp_path):
-    photos, batches = two_classes
-    backup, epochs = tmp_path / "backup", 3
-    keras.utils.set_random_seed(0)
-    whole = plain_model()
+def interrupt():
+    raise KeyboardInterrupt
+
+
+DYING_RUN = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+from test_fine_tuning import At, dark_and_bright, learning_model, prepared
+from gcvit import fine_tuning
+
+model = learning_model(0)
+run = prepared(model, dark_and_bright(), sys.argv[1])
+die = At(2, lambda: os.kill(os.getpid(), signal.SIGKILL))
+fine_tuning.fit(model, run, verbose=0, callbacks=[die])
+"""
+
+
+def learning_model(seed):
+    """Build a model in whose training something is random: dropout, as drop path is."""
+    keras.utils.set_random_seed(seed)
+    return plain_model(drop_rate=0.3)
+
+
+def prepared(model, photos, backup=None):
+    return fine_tuning.better(model, photos, plan_for(4), backup=backup, peak=3e-3)
+
+
+def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
+    """SIGKILL in the middle of an epoch; then the same call again, in another process."""
+    photos = dark_and_bright()
+    script = [sys.executable, "-c", DYING_RUN, str(tmp_path), str(Path(__file__).parent)]
+    died = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.npz"]
+
+    whole = learning_model(0)
     start = weights_of(whole)
-    _, _, callbacks = fine_tuning.better(whole, photos, plan_for(epochs))
-    fit = {"epochs": epochs, "validation_data": batches, "verbose": 0, "shuffle": False}
-    history = whole.fit(batches, callbacks=callbacks, **fit).history
-    # The best epoch is the last, so that both runs keep the same one.
-    assert np.argmin(history["val_loss"]) == epochs - 1
+    history = fine_tuning.fit(whole, prepared(whole, photos), verbose=0)
+    assert not same_weights(whole, start)
 
-    cut_off = plain_model()
-    for variable, value in zip(cut_off.weights, start, strict=True):
-        variable.assign(value)
-    _, _, callbacks = fine_tuning.better(cut_off, photos, plan_for(epochs), backup=backup)
-    with pytest.raises(Killed):
-        cut_off.fit(batches, callbacks=[*callbacks, Killer()], **fit)
-
-    resumed = plain_model()  # of other random weights
-    _, _, callbacks = fine_tuning.better(resumed, photos, plan_for(epochs), backup=backup)
-    later = resumed.fit(batches, callbacks=callbacks, **fit).history
-    assert len(later["loss"]) == 1
+    resumed = learning_model(1)
+    run = prepared(resumed, photos, tmp_path)
+    counted = []
+    counter = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: counted.append(epoch)
+    )
+    later = fine_tuning.fit(resumed, run, verbose=0, callbacks=[counter])
+    assert counted == [2, 3]
+    for name, values in history.items():
+        np.testing.assert_allclose(later[name], values, atol=1e-6, err_msg=name)
     for ours, theirs in zip(weights_of(resumed), weights_of(whole), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    assert not backup.exists()
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert not list(tmp_path.iterdir())
 
-    # What is left in the model are the averaged weights that the validation saw.
-    loss = whole.evaluate(batches, verbose=0)[0]
+
+def test_the_variables_of_a_gcvit_hold_its_random_generators():
+    model = tiny_model(path_drop=0.5, drop_rate=0.1)
+    images = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype("float32")
+    before = [to_numpy(variable) for variable in model.variables]
+    first, second = (to_numpy(model(images, training=True)) for _ in range(2))
+    assert np.abs(first - second).max() > 1e-4
+    for variable, value in zip(model.variables, before, strict=True):
+        variable.assign(value)
+    np.testing.assert_allclose(to_numpy(model(images, training=True)), first, atol=1e-6)
+
+
+@pytest.mark.usefixtures("undistorted")
+def test_the_averaged_weights_of_the_best_epoch_are_left(two_classes):
+    photos, batches = two_classes
+    keras.utils.set_random_seed(0)
+    model = plain_model()
+    run = fine_tuning.better(model, photos, plan_for(3))
+    history = fine_tuning.fit(model, run, verbose=0)
+    loss = model.evaluate(batches, verbose=0)[0]
     assert loss == pytest.approx(min(history["val_loss"]), rel=1e-4)
 
     # Timing its steps leaves the model as it is.
-    before = weights_of(whole), int(whole.optimizer.iterations)
-    assert fine_tuning.training_speed(whole, batches, steps=2) > 0
-    assert int(whole.optimizer.iterations) == before[1]
-    for now, then in zip(weights_of(whole), before[0], strict=True):
-        np.testing.assert_array_equal(now, then)
+    before = weights_of(model), int(model.optimizer.iterations)
+    assert fine_tuning.training_speed(model, batches, steps=2) > 0
+    assert int(model.optimizer.iterations) == before[1]
+    assert same_weights(model, before[0])
+
+
+def worsening(photos):
+    """Return photographs with a validation part on which each epoch does worse."""
+    wrong = photos.validation.map(lambda image, label: (image, 1 - label))
+    return fine_tuning.dataclasses.replace(photos, validation=wrong)
+
+
+@pytest.mark.usefixtures("undistorted")
+def test_a_run_remembers_its_best_epoch_and_patience_when_it_is_cut_off(two_classes, tmp_path):
+    photos = worsening(two_classes[0])
+    whole = plain_model()
+    start = weights_of(whole)
+    run = fine_tuning.better(whole, photos, plan_for(9), peak=3e-3, patience=3)
+    history = fine_tuning.fit(whole, run, verbose=0)
+    assert len(history["loss"]) < 9 and int(np.argmin(history["val_loss"])) == 0
+
+    model = plain_model()
+    model.set_weights(start)
+    run = fine_tuning.better(model, photos, plan_for(9), tmp_path, peak=3e-3, patience=3)
+    with pytest.raises(ZeroDivisionError):
+        fine_tuning.fit(model, run, verbose=0, callbacks=[At(2, lambda: 1 / 0)])
+    model = plain_model()
+    run = fine_tuning.better(model, photos, plan_for(9), tmp_path, peak=3e-3, patience=3)
+    later = fine_tuning.fit(model, run, verbose=0)
+    assert later["val_loss"] == pytest.approx(history["val_loss"], rel=1e-5)
+    for ours, theirs in zip(weights_of(model), weights_of(whole), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["original", "better"])
+@pytest.mark.usefixtures("undistorted")
+def test_an_interrupt_leaves_the_best_weights_and_the_backup(two_classes, tmp_path, capsys, recipe):
+    photos, _ = two_classes
+    model = plain_model()
+    run = fine_tuning.RECIPES[recipe](model, photos, plan_for(4), backup=tmp_path)
+    history = fine_tuning.fit(model, run, verbose=0, callbacks=[At(2, interrupt)])
+    assert len(history["loss"]) == 2
+    best = int(np.argmin(history["val_loss"]))
+    assert f"after 2 epochs; the weights are those of epoch {best + 1}" in capsys.readouterr().out
+    loss = model.evaluate(run.validation, verbose=0)[0]
+    assert loss == pytest.approx(history["val_loss"][best], rel=1e-4)
+    again = fine_tuning.fit(model, run, verbose=0)
+    assert len(again["loss"]) == 4 and again["loss"][:2] == history["loss"]
+
+
+@pytest.mark.usefixtures("undistorted")
+def test_an_interrupt_in_the_first_epoch_leaves_a_usable_model(two_classes, capsys):
+    photos, batches = two_classes
+    model = plain_model()
+    run = fine_tuning.better(model, photos, plan_for(2))
+    assert fine_tuning.fit(model, run, verbose=0, callbacks=[At(0, interrupt)]) == {}
+    assert "those it had then" in capsys.readouterr().out
+    assert np.isfinite(model.evaluate(batches, verbose=0)[0])
+
+
+@pytest.mark.usefixtures("undistorted")
+def test_a_backup_of_another_run_or_a_damaged_one_is_refused(two_classes, tmp_path):
+    photos, _ = two_classes
+
+    def attempt(epochs=4, **settings):
+        model = plain_model()
+        run = fine_tuning.better(model, photos, plan_for(epochs), tmp_path, **settings)
+        fine_tuning.fit(model, run, verbose=0, callbacks=[At(1, interrupt)])
+
+    attempt()
+    with pytest.raises(
+        BackupError, match=r"run\.npz is of another run: its epochs is 4, here .* 5"
+    ):
+        attempt(5)
+    with pytest.raises(BackupError, match=r"its peak is 0\.001, here it is 0\.1\. To start anew"):
+        attempt(peak=0.1)
+    whole = (tmp_path / "run.npz").read_bytes()
+    (tmp_path / "run.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BackupError, match=r"run\.npz cannot be read"):
+        attempt()
 
 
 def test_a_backup_of_a_gcvit_holds_the_state_of_its_optimizer(tmp_path):
@@ -606,19 +782,17 @@ def test_a_backup_of_a_gcvit_holds_the_state_of_its_optimizer(tmp_path):
     assert all((to_numpy(variable) == 1).all() for variable in models[1].optimizer.variables)
 
 
+@pytest.mark.usefixtures("undistorted")
 def test_early_stopping_leaves_the_best_epoch_s_averaged_weights(two_classes):
-    photos, batches = two_classes
+    photos = worsening(two_classes[0])
     keras.utils.set_random_seed(0)
     model = plain_model()
-    _, _, callbacks = fine_tuning.better(model, photos, plan_for(8), peak=3e-3, patience=1)
-    wrong = batches.map(lambda images, labels: (images, 1 - labels))
-    history = model.fit(
-        batches, validation_data=wrong, epochs=8, callbacks=callbacks, verbose=0, shuffle=False
-    ).history
+    run = fine_tuning.better(model, photos, plan_for(8), peak=3e-3, patience=1)
+    history = fine_tuning.fit(model, run, verbose=0)
     assert len(history["loss"]) < 8
     best = min(history["val_loss"])
     assert best < history["val_loss"][-1]
-    assert model.evaluate(wrong, verbose=0)[0] == pytest.approx(best, rel=1e-4)
+    assert model.evaluate(run.validation, verbose=0)[0] == pytest.approx(best, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -631,10 +805,7 @@ def test_a_recipe_trains_a_model_in_its_precision(two_classes, recipe, build, dt
     model = build() if dtype == "float32" else build(dtype=dtype)
     before = weights_of(model)
     plan = plan_for(1, dtype=dtype)
-    train, validation, callbacks = fine_tuning.RECIPES[recipe](model, photos, plan)
-    model.fit(
-        train, validation_data=validation, epochs=1, callbacks=callbacks, verbose=0, shuffle=False
-    )
+    fine_tuning.fit(model, fine_tuning.RECIPES[recipe](model, photos, plan), verbose=0)
     after = weights_of(model)
     assert all(np.isfinite(value).all() for value in after)
     assert any((now != then).any() for now, then in zip(after, before, strict=True))

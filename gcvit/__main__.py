@@ -1,0 +1,379 @@
+"""The package from a shell: `python -m gcvit train`, `predict` and `convert`.
+
+Each command is a function of its parsed arguments that returns an exit code: 0 where all went
+well, 1 where something failed and was said in one sentence, 130 after Ctrl-C. What is wrong
+with the arguments themselves ends with 2.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from gcvit import fine_tuning
+from gcvit.convert import FORMATS
+from gcvit.convert import convert as convert_checkpoint
+from gcvit.model import GCViT
+from gcvit.presets import PRESETS
+from gcvit.weights import locate, looks_like_path
+
+INTERRUPTED = 130
+"""Exit code of a process that SIGINT ends, as shells know it."""
+
+
+# argparse names these functions where an argument is refused.
+
+
+def positive_integer(text):
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def multiple_of_32(text):
+    value = positive_integer(text)
+    if value % 32:
+        raise ValueError
+    return value
+
+
+def share(text):
+    value = float(text)
+    if not 0 < value < 1:
+        raise ValueError
+    return value
+
+
+def _progress_elsewhere(json_wanted):
+    """Keep standard output for the result alone where that is to be JSON."""
+    return contextlib.redirect_stdout(sys.stderr) if json_wanted else contextlib.nullcontext()
+
+
+# Train.
+
+
+def train_arguments(parser):
+    """Add the arguments of `train`."""
+    parser.description = (
+        "Fine-tune a preset on your own photographs. Ctrl-C ends the training with the best "
+        "weights so far; the same command again goes on from there, and also after a crash."
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="folder of a folder for each class"
+    )
+    parser.add_argument(
+        "--preset", default="gcvit_nano", choices=PRESETS, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--weights",
+        help="what to begin with: a name that the preset lists, a file, or none for random "
+        "weights; default: the first that the preset lists",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="what is written; default: DIR's name.safetensors"
+    )
+    parser.add_argument(
+        "--recipe", default="better", choices=fine_tuning.RECIPES, help="default: %(default)s"
+    )
+    parser.add_argument("--epochs", type=positive_integer, default=5, help="default: %(default)s")
+    parser.add_argument(
+        "--batch-size", type=positive_integer, default=32, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=multiple_of_32,
+        metavar="PIXELS",
+        help="a multiple of 32; default: the preset's",
+    )
+    parser.add_argument(
+        "--validation-share", type=share, default=0.1, metavar="SHARE",
+        help="share of each class that is not trained on; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--balance", action="store_true", help="make rare classes count as much as common ones"
+    )
+
+
+def train(arguments):
+    """Train on a folder of photographs, write the model and say how good it is."""
+    out = arguments.out or Path(f"{arguments.folder.resolve().name}.safetensors")
+    if not out.resolve().parent.is_dir():
+        raise FileNotFoundError(
+            f"There is no folder {out.resolve().parent} to write {out.name} to."
+        )
+    verbose = 1 if (sys.stderr if arguments.json else sys.stdout).isatty() else 2
+    with _progress_elsewhere(arguments.json):
+        result = _train(arguments, out, verbose)
+    if result is None:
+        return INTERRUPTED
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        _print_result(result)
+    return INTERRUPTED if result["interrupted"] else 0
+
+
+def _train(arguments, out, verbose):
+    preset = PRESETS[arguments.preset]
+    weights = arguments.weights or next(iter(preset["weights"]))
+    image_size = arguments.image_size or preset["image_size"]
+    print(f"Reading {arguments.folder}.", flush=True)
+    photos = fine_tuning.from_folder(
+        arguments.folder,
+        arguments.validation_share,
+        arguments.seed,
+        max(fine_tuning.SHORT_SIDE, image_size),
+    )
+    print(
+        f"{photos.train_size} photographs to train on, {photos.validation_size} to validate on, "
+        f"of {len(photos.class_names)} classes: {', '.join(photos.class_names)}."
+    )
+    plan = fine_tuning.Plan(
+        "shell",
+        arguments.preset,
+        weights,
+        image_size,
+        None,
+        None,
+        arguments.epochs,
+        arguments.batch_size,
+        fine_tuning.precision(),
+        arguments.recipe,
+        (),
+    )
+    keras.mixed_precision.set_dtype_policy(plan.dtype)
+    # Not the seed itself: gcvit_nano's training began with seed 0, and its features have grown
+    # to fit the random head of that seed.
+    keras.utils.set_random_seed(arguments.seed + 8)
+    classes = len(photos.class_names)
+    model = GCViT.from_preset(
+        arguments.preset,
+        None if weights == "none" else weights,
+        image_size,
+        new_head=weights != "none",
+        num_classes=classes,
+    )
+    backup = out.with_name(out.name + ".backup")
+    run = fine_tuning.RECIPES[arguments.recipe](
+        model, photos, plan, backup=backup, seed=arguments.seed
+    )
+    notes = {"preset": arguments.preset, "weights": weights, "recipe": arguments.recipe}
+    if weights != "none" and not looks_like_path(weights):
+        notes["weights_license"] = preset["license"]
+
+    def save(**more):
+        fine_tuning.save_classifier(out, model, photos.class_names, image_size, **notes, **more)
+
+    weighed = {}
+    if arguments.balance:
+        counts = fine_tuning.class_counts(photos.train, classes)
+        weighed = {"class_weight": fine_tuning.class_weights(counts)}
+    history = fine_tuning.fit(model, run, verbose=verbose, on_best=save, **weighed)
+    if not history:
+        print("No epoch was finished, so nothing is written.")
+        return None
+    interrupted = run.keeper.interrupted
+    batches = fine_tuning.make_dataset(photos.validation, image_size, arguments.batch_size)
+    found = fine_tuning.evaluate(model, batches, photos.class_names)
+    save(**found)
+    if not interrupted:
+        shutil.rmtree(backup, ignore_errors=True)
+    return {
+        "model": os.fspath(out),
+        "classes": photos.class_names,
+        "epochs": len(history["loss"]),
+        "interrupted": interrupted,
+        "history": history,
+        **found,
+    }
+
+
+def _print_result(result):
+    width = max(map(len, result["classes"]))
+    print(f"\n{'':{width}}  precision  recall  photographs")
+    for name, numbers in result["per_class"].items():
+        shown = [
+            "-" if numbers[key] is None else f"{numbers[key]:.2f}"
+            for key in ("precision", "recall")
+        ]
+        print(f"{name:{width}}  {shown[0]:>9}  {shown[1]:>6}  {numbers['photographs']:>11}")
+    print(
+        f"validation accuracy {result['accuracy']:.3f}, expected calibration error "
+        f"{result['calibration_error']:.3f}\nwritten: {result['model']}"
+    )
+
+
+# Predict.
+
+
+def predict_arguments(parser):
+    """Add the arguments of `predict`."""
+    parser.description = (
+        "Tell what is on photographs. A file that cannot be read is named, the others are "
+        "predicted, and the exit code is 1."
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a file that train has written, or gcvit_nano, which ships and knows five flowers",
+    )
+    parser.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGE", help="photographs, or folders of them"
+    )
+    parser.add_argument(
+        "--top",
+        type=positive_integer,
+        default=1,
+        help="how many classes are named; default: %(default)s",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive_integer, default=32, help="default: %(default)s"
+    )
+
+
+def predict(arguments):
+    """Print the most probable classes of each photograph."""
+    classifier = fine_tuning.load_classifier(_model_file(arguments.model))
+    paths = fine_tuning.photographs_in(arguments.images)
+    failed, results = 0, []
+    for path, found in classifier.predict(paths, arguments.batch_size):
+        if isinstance(found, Exception):
+            failed += 1
+            print(f"gcvit: {found}", file=sys.stderr)
+            results.append({"file": os.fspath(path), "error": str(found)})
+            continue
+        order = np.argsort(-found)[: arguments.top]
+        classes = {classifier.class_names[k]: float(found[k]) for k in order}
+        results.append({"file": os.fspath(path), "classes": classes})
+        if not arguments.json:
+            named = ", ".join(f"{name} {share:.3f}" for name, share in classes.items())
+            print(f"{path}: {named}", flush=True)
+    if arguments.json:
+        print(json.dumps(results))
+    if failed:
+        print(f"gcvit: {failed} of {len(paths)} files could not be read.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _model_file(name):
+    packaged = PRESETS.get(name, {}).get("weights", {})
+    shipped = [entry for entry in packaged.values() if "file" in entry]
+    return locate(shipped[0]) if shipped else name
+
+
+# Convert.
+
+
+def convert_arguments(parser):
+    """Add the arguments of `convert`."""
+    parser.description = (
+        "Read a checkpoint of any variant, in the Keras archive's, the official repository's or "
+        "timm's names, write it in another form, and read it again to compare."
+    )
+    parser.add_argument("source", metavar="IN", help=".keras, .weights.h5, .safetensors, .pth.tar")
+    parser.add_argument("target", metavar="OUT", help=f"ends in {', '.join(FORMATS)}")
+    parser.add_argument(
+        "--naming",
+        default="official",
+        choices=["official", "timm"],
+        help="names in a .safetensors file; default: %(default)s",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "float16"],
+        help="numbers in a .safetensors file; default: %(default)s",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=positive_integer,
+        help="scale the windows to images of this side, and resize their position tables",
+    )
+
+
+def convert(arguments):
+    """Write a checkpoint in another form."""
+    with _progress_elsewhere(arguments.json):
+        done = convert_checkpoint(
+            arguments.source,
+            arguments.target,
+            naming=arguments.naming,
+            dtype=arguments.dtype,
+            image_size=arguments.image_size,
+        )
+    if arguments.json:
+        print(json.dumps({**dataclasses.asdict(done), "file": arguments.target}))
+        return 0
+    print(
+        f"{done.tensors} tensors, {done.parameters:,} parameters of "
+        f"{done.preset or 'a model that is no preset'}, {done.naming} names in {arguments.source}."
+    )
+    if done.resized:
+        print(f"Resized to other windows: {len(done.resized)} position tables.")
+    print(
+        f"Written: {arguments.target}, {done.bytes:,} bytes. Read again, the largest difference "
+        f"of a weight is {done.largest_error:g}."
+    )
+    return 0
+
+
+# All commands: name, what adds its arguments, what runs it.
+COMMANDS = (
+    ("convert", convert_arguments, convert),
+    ("train", train_arguments, train),
+    ("predict", predict_arguments, predict),
+)
+
+
+def parser():
+    """Return the parser of all commands."""
+    whole = argparse.ArgumentParser(
+        prog="python -m gcvit",
+        description="The Global Context Vision Transformer from a shell.",
+        epilog="Exit codes: 0 all went well, 1 something failed, 2 wrong arguments, 130 Ctrl-C.",
+    )
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, add_arguments, run in COMMANDS:
+        command = commands.add_parser(name, help=run.__doc__)
+        add_arguments(command)
+        command.add_argument(
+            "--json", action="store_true", help="print the result as JSON, and nothing else"
+        )
+        command.set_defaults(run=run)
+    return whole
+
+
+def main(argv=None):
+    """Run a command.
+
+    Args:
+        argv: the arguments; default: those of the process.
+
+    Returns:
+        The exit code.
+    """
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("gcvit: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `... | head`
+        sys.stdout = None
+        return 1
+    except (ValueError, OSError) as error:  # the package's own errors are among these
+        print(f"gcvit: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

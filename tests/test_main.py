@@ -1,0 +1,232 @@
+"""The package from a shell: exit codes, what is printed where, and what Ctrl-C leaves."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gcvit import GCViT, fine_tuning
+from gcvit.__main__ import COMMANDS, main
+from gcvit.weights import PACKAGED, CheckpointError, training_notes
+
+NANO = PACKAGED / "gcvit_nano-flowers.safetensors"
+
+
+def write_classes(folder, names=("dark", "bright"), count=8):
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 100, (40, 50, 3)) + 140 * k
+            Image.fromarray(pixels.astype("uint8")).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Run `train --json` in a process of its own; return its result and its folder."""
+    place = tmp_path_factory.mktemp("trained")
+    write_classes(place / "photos")
+    command = (
+        "train photos --epochs 1 --image-size 32 --weights none --out model.safetensors --json"
+    )
+    done = gcvit(command, place)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done, place
+
+
+def gcvit(command, place):
+    return subprocess.run(
+        [sys.executable, "-m", "gcvit", *command.split()],
+        capture_output=True,
+        text=True,
+        cwd=place,
+        check=False,
+    )
+
+
+def test_train_prints_its_result_as_json_and_progress_elsewhere(trained):
+    done, place = trained
+    result = json.loads(done.stdout)
+    assert result["classes"] == ["bright", "dark"] and result["epochs"] == 1
+    assert set(result["per_class"]) == {"bright", "dark"} and not result["interrupted"]
+    assert 0 <= result["accuracy"] <= 1 and "val_accuracy" in done.stderr
+    assert sorted(path.name for path in place.iterdir()) == ["model.safetensors", "photos"]
+
+
+def test_predict_needs_nothing_but_the_file(trained, capsys):
+    done, place = trained
+    (place / "broken.jpg").write_bytes(b"no photograph")
+    images = [
+        place / "photos" / "dark" / "0.png",
+        place / "broken.jpg",
+        place / "photos" / "bright",
+    ]
+    code = main(
+        ["predict", str(place / "model.safetensors"), *map(str, images), "--json", "--top=2"]
+    )
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert code == 1 and "broken.jpg cannot be read" in shown.err
+    assert len(found) == 10 and [entry["file"] for entry in found[:2]] == [
+        str(p) for p in images[:2]
+    ]
+    assert "error" in found[1] and "1 of 10 files" in shown.err
+    classifier = fine_tuning.load_classifier(place / "model.safetensors")
+    by_hand = fine_tuning.normalize(fine_tuning.resize(np.array(Image.open(images[0])), 32))
+    expected = np.asarray(classifier.model(by_hand[None]))[0]
+    assert classifier.class_names == ["bright", "dark"] and classifier.image_size == 32
+    for k, name in enumerate(classifier.class_names):
+        assert found[0]["classes"][name] == pytest.approx(expected[k], abs=1e-5)
+
+
+def test_predict_with_the_model_that_ships(tmp_path, capsys):
+    Image.new("CMYK", (60, 40)).save(tmp_path / "a.jpg")
+    assert main(["predict", "gcvit_nano", str(tmp_path / "a.jpg")]) == 0
+    line = capsys.readouterr().out
+    names = json.loads(training_notes(NANO)["classes"])
+    assert line.startswith(f"{tmp_path / 'a.jpg'}: ") and line.split()[1] in names
+
+
+def spoiled(place):
+    (place / "photos" / "dark" / "0.png").write_bytes(b"")
+    (place / "photos" / "dark" / "1.png").write_bytes(b"")
+    return "train photos", r"dark/0.png cannot be read .* 1 more cannot be read: .*dark/1.png"
+
+
+def missing(place):
+    return "train nowhere", "There is no folder nowhere"
+
+
+def nowhere_to_write(place):
+    return "train photos --out nowhere/model.safetensors", "There is no folder .*nowhere"
+
+
+def no_model(place):
+    return "predict nothing.safetensors photos", "There is no file nothing.safetensors"
+
+
+def foreign_model(place):
+    (place / "m.safetensors").write_bytes(b"PK what is this")
+    return "predict m.safetensors photos", "m.safetensors does not say what a classifier needs"
+
+
+def no_image(place):
+    return f"predict {NANO} nothing.jpg", "There is no file or folder nothing.jpg"
+
+
+@pytest.mark.parametrize(
+    "spoil", [spoiled, missing, nowhere_to_write, no_model, foreign_model, no_image]
+)
+def test_a_failure_is_one_sentence_and_exit_code_1(tmp_path, monkeypatch, capsys, spoil):
+    import re
+
+    write_classes(tmp_path / "photos", count=3)
+    monkeypatch.chdir(tmp_path)
+    command, message = spoil(tmp_path)
+    assert main(command.split()) == 1
+    said = capsys.readouterr().err
+    assert re.search(message, said) and said.startswith("gcvit: ") and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "learn photos",
+        "train",
+        "train photos --preset gcvit_huge",
+        "train photos --image-size 100",
+        "train photos --epochs 0",
+        "train photos --validation-share 1.5",
+        "predict model.safetensors",
+    ],
+)
+def test_wrong_arguments_are_refused_with_exit_code_2(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(command.split())
+    assert ended.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name, _, _ in COMMANDS)])
+def test_help_names_every_argument(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in (["--json"] if command else ["train", "predict", "130"]))
+
+
+INTERRUPTED_TRAINING = """
+import os, signal, sys
+import keras
+from gcvit import fine_tuning
+from gcvit.__main__ import main
+from gcvit.weights import PACKAGED
+
+class Interrupt(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 1:
+            os.kill(os.getpid(), signal.SIGINT)  # what Ctrl-C sends
+
+fit = fine_tuning.fit
+fine_tuning.fit = lambda *args, **kwargs: fit(*args, **kwargs, callbacks=[Interrupt()])
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_keeps_the_best_weights_and_the_way_on(tmp_path, capsys):
+    write_classes(tmp_path / "photos", count=4)
+    arguments = ["train", "photos", "--epochs=2", "--image-size=32", "--weights=none"]
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_TRAINING, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 130, done.stderr[-2000:]
+    assert "Interrupted after 1 epochs; the weights are those of epoch 1" in done.stdout
+    assert (tmp_path / "photos.safetensors.backup" / "run.npz").is_file()
+    assert "written: photos.safetensors" in done.stdout and "Traceback" not in done.stderr
+    model = str(tmp_path / "photos.safetensors")
+    assert main(["predict", model, str(tmp_path / "photos" / "dark")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_a_classifier_s_file_is_text_and_tensors(tmp_path):
+    model = GCViT((8,), 8, (1,), (1,), num_classes=2)
+    model.build((None, 32, 64, 3))
+    fine_tuning.save_classifier(tmp_path / "m.safetensors", model, ["a", "b"], [32, 64], epochs=3)
+    again = fine_tuning.load_classifier(tmp_path / "m.safetensors")
+    images = np.random.default_rng(0).normal(size=(2, 32, 64, 3)).astype("float32")
+    np.testing.assert_allclose(again.model(images), model(images), atol=1e-6)
+    assert again.notes == {"epochs": 3} and again.image_size == [32, 64]
+    np.testing.assert_array_equal(again.mean, fine_tuning.MEAN)
+    whole = (tmp_path / "m.safetensors").read_bytes()
+    (tmp_path / "m.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError):
+        fine_tuning.load_classifier(tmp_path / "m.safetensors")
+
+
+def test_convert_writes_reads_again_and_says_what_it_did(tmp_path, capsys):
+    shipped = PACKAGED / "gcvit_nano-flowers.safetensors"
+    out = tmp_path / "nano.weights.h5"
+    assert main(["convert", str(shipped), str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "1,635,601 parameters of gcvit_nano, official names" in shown and "step" in shown
+    timm = str(tmp_path / "timm.safetensors")
+    assert main(["convert", str(out), timm, "--naming=timm", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["naming"] == "release" and result["largest_error"] == 0
+
+
+def test_convert_fails_in_one_sentence(tmp_path, capsys):
+    (tmp_path / "page.keras").write_text("<html>")
+    assert main(["convert", str(tmp_path / "page.keras"), str(tmp_path / "out.keras")]) == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("gcvit: ") and "no checkpoint that is known" in shown.err
+    assert not (tmp_path / "out.keras").exists()

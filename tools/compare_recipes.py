@@ -1,0 +1,232 @@
+"""Compare the two recipes from random weights: same photographs, split, size, epochs, seeds.
+
+    TFDS_DATA_DIR=... python tools/compare_recipes.py
+
+Each finished run is written to the results file and skipped next time; one that is cut off
+goes on from its backup. The better recipe's highest learning rate is chosen beforehand, on a
+tenth of the training split that its pilot runs are not trained on. The validation split
+chooses nothing. The original recipe is taken as it was published.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+from scipy import stats
+
+from gcvit import GCViT
+from gcvit.fine_tuning import RECIPES, Photographs, Plan, fit, flowers
+
+RESULTS = Path(__file__).resolve().parent.parent / "gcvit" / "results" / "recipes.json"
+PEAKS = (1e-3, 3e-3)
+PILOT_SEED = 100
+# From random weights no layer knows anything yet that lower rates could protect, and both
+# recipes get all their epochs.
+FROM_SCRATCH = {"layer_decay": 1.0, "patience": None}
+
+
+class Clock(keras.callbacks.Callback):
+    """Adds each epoch's wall-clock and processor seconds to what is kept of it."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.began = time.perf_counter(), time.process_time()
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs["seconds"] = time.perf_counter() - self.began[0]
+        logs["cpu_seconds"] = time.process_time() - self.began[1]
+
+
+def hardware():
+    """Return a sentence about the machine."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), cpu)
+    return f"{os.cpu_count()} cores of {cpu}, no accelerator, shared with other work"
+
+
+def pilot_split(photos):
+    """Return the training photographs alone, a tenth of them for validation."""
+    count = photos.train_size // 10
+    rest = photos.train_size - count
+    return dataclasses.replace(
+        photos,
+        train=photos.train.take(rest),
+        validation=photos.train.skip(rest),
+        train_size=rest,
+        validation_size=count,
+    )
+
+
+def train(photos, recipe, seed, plan, settings, work):
+    """Train from random weights; return what is written of it."""
+    keras.utils.set_random_seed(seed)
+    model = GCViT.from_preset(plan.preset, None, plan.image_size)
+    name = "-".join([recipe, str(photos.train_size), str(seed), *map(str, settings.values())])
+    run = RECIPES[recipe](model, photos, plan, backup=work / name, seed=seed, **settings)
+    history = fit(model, run, callbacks=[Clock()])
+    if len(history["loss"]) < plan.epochs:  # interrupted
+        raise SystemExit(130)
+    accuracy = history["val_accuracy"]
+    return {
+        "recipe": recipe,
+        "seed": seed,
+        "settings": settings,
+        "accuracy_at_the_end": accuracy[-1],
+        "best_accuracy": max(accuracy),
+        "best_epoch": int(np.argmax(accuracy)) + 1,
+        "seconds": sum(history["seconds"]),
+        "cpu_seconds": sum(history["cpu_seconds"]),
+        "history": {name: np.round(values, 4).tolist() for name, values in history.items()},
+    }
+
+
+def spread(values):
+    """Return mean, standard deviation, and the 95 % interval of the mean by Student's t."""
+    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * deviation / len(values) ** 0.5
+    return {"mean": mean, "sd": deviation, "interval": [mean - half, mean + half]}
+
+
+def summary(runs):
+    """Return means and spreads of each recipe, and of the differences seed by seed."""
+    by_seed = {
+        name: {run["seed"]: run for run in runs if run["recipe"] == name} for name in RECIPES
+    }
+    seeds = sorted(set.intersection(*(set(found) for found in by_seed.values())))
+    if len(seeds) < 2:
+        return {}
+    found = {"seeds": seeds}
+    for key in ("accuracy_at_the_end", "best_accuracy", "seconds", "cpu_seconds"):
+        values = {name: [by_seed[name][seed][key] for seed in seeds] for name in RECIPES}
+        found[key] = {name: spread(values[name]) for name in RECIPES}
+        differences = np.subtract(values["better"], values["original"])
+        found[key]["better - original"] = spread(differences)
+    return found
+
+
+def table(results):
+    """Return the results as Markdown."""
+    found, settings = results["summary"], results["settings"]
+    rows = [
+        "| | original | better | difference (95 % interval) |",
+        "| --- | --- | --- | --- |",
+    ]
+    for key, label, digits in (
+        ("accuracy_at_the_end", "validation accuracy after the last epoch", 3),
+        ("best_accuracy", "validation accuracy of the best epoch", 3),
+        ("cpu_seconds", "processor seconds", 0),
+    ):
+        cells = [
+            f"{found[key][name]['mean']:.{digits}f} ± {found[key][name]['sd']:.{digits}f}"
+            for name in ("original", "better")
+        ]
+        both = found[key]["better - original"]
+        low, high = both["interval"]
+        cells.append(f"{both['mean']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})")
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            f"{settings['preset']} from random weights, {settings['image_size']} px, "
+            f"{settings['epochs']} epochs, seeds {', '.join(map(str, found['seeds']))}: mean ± "
+            "standard deviation over the seeds; the difference is better minus original, seed by "
+            "seed.",
+            "",
+            *rows,
+            "",
+            f"Made by `{results['command']}` on {results['hardware']}.",
+            "",
+        ]
+    )
+
+
+def save(results, path):
+    """Write the results, and the table where there is enough for one, as a whole."""
+    results["summary"] = summary(results["runs"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = {path: json.dumps(results, indent=1) + "\n"}
+    if results["summary"]:
+        texts[path.with_suffix(".md")] = table(results)
+    for target, text in texts.items():
+        unfinished = target.with_name(target.name + ".part")
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, target)
+
+
+def chosen_peak(pilot):
+    """Return the highest learning rate of the pilot run that ended best."""
+    return max(pilot, key=lambda run: run["accuracy_at_the_end"])["settings"]["peak"]
+
+
+def compare(photos, arguments, results):
+    """Run what the results lack yet, and write each run as it is finished."""
+    size = arguments.image_size
+    plan = Plan(
+        "comparison", arguments.preset, None, size, None, None, arguments.epochs, 32, "float32",
+        "", (),
+    )  # fmt: skip
+
+    def complete(kept, photos, recipe, seed, settings):
+        done = {(run["recipe"], run["seed"], json.dumps(run["settings"])) for run in kept}
+        if (recipe, seed, json.dumps(settings)) not in done:
+            print(f"{recipe}, seed {seed}, {settings}", flush=True)
+            kept.append(train(photos, recipe, seed, plan, settings, arguments.work))
+            save(results, arguments.out)
+
+    pilot = pilot_split(photos)
+    for peak in PEAKS:
+        complete(results["pilot"], pilot, "better", PILOT_SEED, {"peak": peak, **FROM_SCRATCH})
+    settings = {"original": {}, "better": {"peak": chosen_peak(results["pilot"]), **FROM_SCRATCH}}
+    for seed in arguments.seeds:
+        for recipe in RECIPES:
+            complete(results["runs"], photos, recipe, seed, settings[recipe])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=Path("_build/recipes"))
+    parser.add_argument("--preset", default="gcvit_nano")
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments = parser.parse_args()
+
+    settings = {
+        "preset": arguments.preset,
+        "image_size": arguments.image_size,
+        "epochs": arguments.epochs,
+        "batch_size": 32,
+        "photographs": "tf_flowers, train[:90%] and train[90%:]",
+        "weights": "random",
+    }
+    results = {"settings": settings, "pilot": [], "runs": []}
+    if arguments.out.exists():
+        results = json.loads(arguments.out.read_text(encoding="utf-8"))
+        if results["settings"] != settings:
+            parser.error(f"{arguments.out} holds results of other settings; move it away first.")
+    packages = ("keras", "tensorflow", "numpy")
+    results |= {
+        "command": "python tools/compare_recipes.py --seeds "
+        + " ".join(map(str, sorted({*arguments.seeds, *(run["seed"] for run in results["runs"])}))),
+        "hardware": hardware(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "backend": keras.backend.backend(),
+    }
+    photos: Photographs = flowers().stored(arguments.image_size)
+    compare(photos, arguments, results)
+    save(results, arguments.out)
+    shutil.rmtree(arguments.work, ignore_errors=True)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
