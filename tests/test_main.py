@@ -38,9 +38,22 @@ def trained(tmp_path_factory):
     return done, place
 
 
+# The whole nano takes TensorFlow half a minute to trace, and these tests are not about it.
+SMALLER = """
+import os, signal, sys
+import keras
+from gcvit import PRESETS, fine_tuning
+from gcvit.__main__ import main
+
+small = {"depths": (1,) * 4, "num_heads": (1,) * 4, "embed_dim": 8}
+PRESETS["gcvit_nano"]["config"].update(small)
+"""
+RUN = "sys.exit(main(sys.argv[1:]))"
+
+
 def gcvit(command, place):
     return subprocess.run(
-        [sys.executable, "-m", "gcvit", *command.split()],
+        [sys.executable, "-c", SMALLER + RUN, *command.split()],
         capture_output=True,
         text=True,
         cwd=place,
@@ -160,13 +173,7 @@ def test_help_names_every_argument(command, capsys):
     assert all(word in shown for word in (["--json"] if command else ["train", "predict", "130"]))
 
 
-INTERRUPTED_TRAINING = """
-import os, signal, sys
-import keras
-from gcvit import fine_tuning
-from gcvit.__main__ import main
-from gcvit.weights import PACKAGED
-
+INTERRUPT = """
 class Interrupt(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         if epoch == 1:
@@ -174,7 +181,6 @@ class Interrupt(keras.callbacks.Callback):
 
 fit = fine_tuning.fit
 fine_tuning.fit = lambda *args, **kwargs: fit(*args, **kwargs, callbacks=[Interrupt()])
-sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -182,7 +188,7 @@ def test_ctrl_c_keeps_the_best_weights_and_the_way_on(tmp_path, capsys):
     write_classes(tmp_path / "photos", count=4)
     arguments = ["train", "photos", "--epochs=2", "--image-size=32", "--weights=none"]
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED_TRAINING, *arguments],
+        [sys.executable, "-c", SMALLER + INTERRUPT + RUN, *arguments],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -234,7 +234,7 @@ def test_keras_load_weights_refuses_what_load_checkpoint_refuses(tmp_path):
 
 def test_weights_saved_in_training_are_read_back(tmp_path, small_images):
     model = small_model(head_activation="softmax", path_drop=0.3)
-    model.compile(keras.optimizers.Adam(), "sparse_categorical_crossentropy", jit_compile=False)
+    model.compile(keras.optimizers.Adam(), "sparse_categorical_crossentropy", run_eagerly=True)
     model.fit(small_images[:, :64, :64], np.array([0, 1]), verbose=0)
     model.save_weights(tmp_path / "m.weights.h5")
     twin = small_model(head_activation="softmax", path_drop=0.3)

@@ -31,10 +31,10 @@ SECONDS = 30
 """Time after which a file is said to hang the reader."""
 
 MODEL = {
-    "window_size": (4, 4),
+    "window_size": (4,),
     "embed_dim": 8,
-    "depths": (2, 1),
-    "num_heads": (1, 2),
+    "depths": (2,),
+    "num_heads": (2,),
     "mlp_ratio": 1.0,
     "num_classes": 3,
 }
