@@ -237,10 +237,16 @@ def test_half_precision_stays_near(model, small_images, policy, timm_file):
 def test_half_precision_trains_a_step(policy):
     model = GCViT((7,), 16, (2,), (2,), num_classes=3, dtype=policy)
     model.compile(keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy", run_eagerly=True)
+    model.build((None, 32, 32, 3))
     images = RNG.normal(size=(4, 32, 32, 3)).astype("float32")
+    before = [to_numpy(v).astype("float32") for v in model.trainable_variables]
     losses = [float(model.train_on_batch(images, np.array([0, 1, 2, 0]))) for _ in range(3)]
-    assert np.isfinite(losses).all() and len(set(losses)) == 3
-    assert all(np.isfinite(to_numpy(v).astype("float32")).all() for v in model.weights)
+    after = [to_numpy(v).astype("float32") for v in model.trainable_variables]
+    assert np.isfinite(losses).all()
+    assert all(np.isfinite(values).all() for values in after)
+    # The loss itself may stand still: bfloat16 has three digits.
+    moved = [not np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
+    assert np.mean(moved) > 0.5
 
 
 @pytest.mark.parametrize(
