@@ -236,7 +236,8 @@ def test_half_precision_stays_near(model, small_images, policy, timm_file):
 @slow_on_jax
 def test_half_precision_trains_a_step(policy):
     model = GCViT((7,), 16, (2,), (2,), num_classes=3, dtype=policy)
-    model.compile(keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy", run_eagerly=True)
+    # Not Adam: its beta_2 of 0.999 is 1 in bfloat16, and a step then has the length 0.
+    model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy", run_eagerly=True)
     model.build((None, 32, 32, 3))
     images = RNG.normal(size=(4, 32, 32, 3)).astype("float32")
     before = [to_numpy(v).astype("float32") for v in model.trainable_variables]
@@ -246,7 +247,7 @@ def test_half_precision_trains_a_step(policy):
     assert all(np.isfinite(values).all() for values in after)
     # The loss itself may stand still: bfloat16 has three digits.
     moved = [not np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
-    assert np.mean(moved) > 0.5
+    assert np.mean(moved) > 0.7, np.mean(moved)
 
 
 @pytest.mark.parametrize(
