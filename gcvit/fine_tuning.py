@@ -874,7 +874,7 @@ def run_plan(photos):
     elif imagenet:
         sizes = {"train_size": 128, "validation_size": 64, "epochs": 3, "batch_size": 16}
     else:
-        sizes = {"train_size": 320, "validation_size": 128, "epochs": 4, "batch_size": 32}
+        sizes = {"train_size": 256, "validation_size": 128, "epochs": 3, "batch_size": 32}
     used = photos.take(sizes["train_size"], sizes["validation_size"])
     if used.train_size < photos.train_size or used.validation_size < photos.validation_size:
         notes.append(
