@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import zipfile
@@ -49,11 +50,15 @@ class LoadReport:
 
 @dataclasses.dataclass
 class Slot:
-    """A variable of the model, and what each kind of checkpoint calls and how it lays it out."""
+    """A variable of the model, and what each kind of checkpoint calls and how it lays it out.
+
+    A position table also knows its `window`, (height, width) in tokens.
+    """
 
     variable: object
     names: dict
     kind: str
+    window: tuple = None
 
     @property
     def is_head(self):
@@ -207,7 +212,8 @@ def slots(model):
                 "official": official,
                 "timm": _timm_name(official, len(model.levels) - 1),
             }
-            found.append(Slot(variable, names, kind))
+            window = layer.window_size if kind == "table" else None
+            found.append(Slot(variable, names, kind, window))
     return found
 
 
@@ -360,18 +366,22 @@ def _naming_of(names):
     return "official"
 
 
-def _resized_table(table, shape):
-    """Resize a position table, (rows, heads), between square windows, bicubically."""
-    old, new = (int(round(rows**0.5)) for rows in (table.shape[0], shape[0]))
-    matrix = ops.convert_to_numpy(bicubic_matrix(old, new))
+def _resized_table(table, window):
+    """Resize a square window's position table, (rows, heads), to another window, bicubically."""
+    old = math.isqrt(len(table))
+    rows, columns = (ops.convert_to_numpy(bicubic_matrix(old, 2 * side - 1)) for side in window)
     grid = table.reshape(old, old, -1)
-    return np.einsum("pi,ijh,qj->pqh", matrix, grid, matrix).reshape(shape)
+    return np.einsum("pi,ijh,qj->pqh", rows, grid, columns).reshape(-1, table.shape[1])
 
 
 def _fits_by_resizing(slot, shape):
-    wanted = tuple(slot.variable.shape)
-    square = all(int(round(rows**0.5)) ** 2 == rows for rows in (shape[0], wanted[0]))
-    return slot.is_position_table and len(shape) == 2 and shape[1] == wanted[1] and square
+    """Tell whether a tensor is a table of the same heads for a square window.
+
+    The rows of a table tell its window only where that is square, as all published ones are.
+    """
+    if not slot.is_position_table or len(shape) != 2:
+        return False
+    return shape[1] == slot.variable.shape[1] and math.isqrt(shape[0]) ** 2 == shape[0]
 
 
 def _few(names):
@@ -520,7 +530,7 @@ def _plan(wanted, tensors, naming, skip_head_mismatch, skip_head, path):
         if naming != "release":
             value = slot.from_torch(value)
         if resize:
-            value = _resized_table(value, tuple(slot.variable.shape))
+            value = _resized_table(value, slot.window)
             report.resized.append(name)
         plan.append((slot, value))
     report.loaded = len(plan)

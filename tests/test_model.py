@@ -106,9 +106,13 @@ def test_sizes_unknown_when_built_give_the_same(model, small_images, timm_file):
 
 
 @slow_on_jax
-def test_windows_scaled_to_224_px_are_the_presets():
-    windows = GCViT.from_preset("gcvit_xxtiny", weights=None, image_size=224).window_size
-    assert windows == ((7, 7), (7, 7), (14, 14), (7, 7))
+def test_windows_scaled_to_224_px_are_the_presets(small_images):
+    kept = GCViT.from_preset("gcvit_xxtiny", weights=None)
+    scaled = GCViT.from_preset("gcvit_xxtiny", weights=None, image_size=224)
+    assert scaled.window_size == ((7, 7), (7, 7), (14, 14), (7, 7))
+    scaled.set_weights(kept.get_weights())
+    images = small_images[:1]
+    np.testing.assert_array_equal(run(scaled, images), run(kept, images))
     assert scaled_windows((384, 512)) == ((12, 16), (12, 16), (24, 32), (12, 16))
     with pytest.raises(ValueError, match="multiples of 32; got 230 x 230 px"):
         scaled_windows(230)

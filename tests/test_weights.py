@@ -101,6 +101,24 @@ def test_position_tables_are_resized_to_other_windows(official_file):
     np.testing.assert_allclose(table[23 * 23 // 2], before[13 * 13 // 2], atol=1e-5)
 
 
+def test_position_tables_are_resized_to_windows_that_are_not_square(official_file, tmp_path):
+    """As PyTorch resizes them; the way back is refused: 77 rows may be 7 x 11 or 11 x 7."""
+    torch = pytest.importorskip("torch")
+    square, wide = small_model(), small_model(window_size=((4, 6), 7, 14, 7))
+    load_checkpoint(square, official_file)
+    assert len(load_checkpoint(wide, official_file).resized) == 2
+    old, new = (
+        to_numpy(model.levels[0].blocks[1].attn.relative_position_bias_table)
+        for model in (square, wide)
+    )
+    grid = torch.from_numpy(old.reshape(1, 1, 13, 13))
+    expected = torch.nn.functional.interpolate(grid, size=(7, 11), mode="bicubic")
+    np.testing.assert_allclose(new.reshape(7, 11), expected[0, 0], atol=1e-6)
+    save_safetensors(wide, tmp_path / "wide.safetensors")
+    with pytest.raises(CheckpointError, match=r"shape \(77, 1\); this model wants \(169, 1\)"):
+        load_checkpoint(square, tmp_path / "wide.safetensors")
+
+
 def damaged(kind, path, tmp_path):
     """Write a damaged copy of a checkpoint file; return its path."""
     data = path.read_bytes()
