@@ -1,5 +1,6 @@
 """Chapter 5: attention and MLP, each with its residual, on a map cut into windows."""
 
+import functools
 import warnings
 
 import keras
@@ -54,20 +55,60 @@ def window_reverse(windows, window_size, height, width, channels):
     return ops.reshape(ops.transpose(x, (0, 1, 3, 2, 4, 5)), (-1, height, width, channels))
 
 
+@keras.saving.register_keras_serializable(package="keras_cv")
+class DropPath(layers.Layer):
+    """Drop samples of a residual branch in training; what stays is scaled up.
+
+    It stands in for the layer of this name in keras_cv where that cannot be imported. Its
+    arguments, registered name, attributes and random numbers are the same, so that a model
+    saved with one loads with the other.
+
+    Args:
+        rate: share of the samples that is dropped; default 0.5.
+        seed: a whole number for the random numbers; default `None`: another each time.
+
+    Source: Huang et al. 2016 (stochastic depth).
+    """
+
+    def __init__(self, rate=0.5, seed=None, **kwargs):
+        super().__init__(**kwargs)
+        self.rate = rate
+        self.given_seed = seed
+        self.seed = keras.random.SeedGenerator(seed)
+
+    def call(self, x, training=None):
+        if self.rate == 0 or not training:
+            return x
+        one_each = (ops.shape(x)[0], *[1] * (len(x.shape) - 1))
+        kept = keras.random.uniform(one_each, seed=self.seed) > self.rate
+        return x / (1 - self.rate) * ops.cast(kept, x.dtype)
+
+    def get_config(self):
+        return {**super().get_config(), "rate": self.rate, "seed": self.given_seed}
+
+
+@functools.cache
+def _drop_path_class():
+    """Return keras_cv's `DropPath`, or what stands in for it."""
+    try:
+        with warnings.catch_warnings():
+            # Its data sets' progress bars, not used here, warn of missing widgets in a notebook.
+            warnings.simplefilter("ignore")
+            from keras_cv.layers import DropPath as found
+    except Exception:  # it is no longer developed: whatever it raises on a newer Keras
+        return DropPath
+    return found
+
+
 def drop_path(rate, dtype=None):
     """Make the layer that drops a residual branch, sample by sample, in training.
 
     The one place where keras_cv is imported, and not before it is needed: it takes
-    longer to import than Keras does.
+    longer to import than Keras does. Where it cannot be, `DropPath` stands in.
 
     Source: Huang et al. 2016 (stochastic depth).
     """
-    with warnings.catch_warnings():
-        # Its data sets' progress bars, not used here, warn of missing widgets in a notebook.
-        warnings.simplefilter("ignore")
-        from keras_cv.layers import DropPath
-
-    return DropPath(rate, dtype=dtype)
+    return _drop_path_class()(rate, dtype=dtype)
 
 
 def _scaled(gamma, x):

@@ -593,6 +593,16 @@ class _Drawn(keras.random.SeedGenerator):
         return seed
 
 
+def _for_pipelines(layer):
+    """Have a preprocessing layer of Keras compute with TensorFlow, whatever the model uses.
+
+    Called as a layer it does so itself in a `tf.data` pipeline; its parts, called one by one,
+    do not.
+    """
+    layer.backend.set_backend("tensorflow")
+    return layer
+
+
 def rand_augment(strength=0.2, operations=2):
     """Return an augmentation: `flip`, then a few operations drawn for each image.
 
@@ -622,6 +632,7 @@ def rand_augment(strength=0.2, operations=2):
         layers.AutoContrast(amounts),
         layers.Equalization(amounts),
     ]
+    choices = [_for_pipelines(layer) for layer in choices]
 
     def apply(layer, image, seed):
         # As a layer does when it is called, but with a seed of the image's own; and as a
@@ -715,7 +726,7 @@ def mix(batches, seed=0, epoch=None):
         seed: seed of the blending; default 0.
         epoch: see `make_dataset`.
     """
-    mixers = [keras.layers.MixUp(0.2), keras.layers.CutMix(1.0)]
+    mixers = [_for_pipelines(keras.layers.MixUp(0.2)), _for_pipelines(keras.layers.CutMix(1.0))]
 
     def apply(layer, images, labels, seed):
         data = {"images": images, "labels": labels}

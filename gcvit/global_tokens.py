@@ -108,8 +108,10 @@ class FeatureExtraction(layers.Layer):
 
     def call(self, x):
         x = x + run(self.conv, self.pad1(x))
-        if self.keepdims:
-            return x
+        return x if self.keepdims else self.halve(x)
+
+    def halve(self, x):
+        """Return the maximum of every second place and those around it."""
         return self.pool(ops.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]], constant_values=-np.inf))
 
     def compute_output_shape(self, input_shape):

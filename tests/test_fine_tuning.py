@@ -200,6 +200,7 @@ def test_validation_batches_are_the_resized_normalized_photographs_in_order():
     )
 
 
+@pytest.mark.numerics  # Keras's layers in it must not compute with the model's backend
 def test_rand_augment_keeps_shape_and_range_and_draws_for_each_image():
     photos = tf.data.Dataset.from_tensors((data.chelsea(), 0)).repeat(24)
     batches = fine_tuning.make_dataset(
@@ -238,6 +239,7 @@ def test_stored_photographs_are_the_resized_ones():
         assert np.abs(fine_tuning.resize(image, 32) - tf.cast(small, "float32")).max() <= 0.5
 
 
+@pytest.mark.numerics  # Keras's layers in it must not compute with the model's backend
 def test_mixing_blends_labels_as_it_blends_pixels():
     # Class k is an image full of k, so the mean of a blend says what its label must be.
     labels = np.arange(24) % 4
