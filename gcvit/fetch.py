@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-import urllib.error
+import time
 import urllib.request
 from pathlib import Path
 
@@ -16,27 +16,22 @@ TIMEOUT = 10
 LARGEST = 2_000_000_000
 """Bytes after which a download of unknown size is given up."""
 
+ABANDONED = 3600
+"""Seconds without a further byte after which a part of a file is nobody's any more."""
+
 
 class FetchError(OSError):
     """A file cannot be fetched; the cache holds no part of it."""
 
 
-def cache_folder(name):
-    """Return a folder in Keras's cache (`KERAS_HOME`, or `~/.keras`), made if need be.
+def cache_folders(name):
+    """Return the folders in which a file is looked for and, in this order, written.
 
-    Where that cannot be written to, a folder beside the system's temporary files is
-    used, as Keras does.
+    The first is in Keras's cache (`KERAS_HOME`, or `~/.keras`). The second, beside the
+    system's temporary files, is for where the first cannot be written to, as in Keras.
     """
     home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
-    try:
-        (home / name).mkdir(parents=True, exist_ok=True)
-        if os.access(home / name, os.W_OK):
-            return home / name
-    except OSError:
-        pass
-    folder = Path(tempfile.gettempdir()) / ".keras" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return [home / name, Path(tempfile.gettempdir()) / ".keras" / name]
 
 
 def fetch(url, size=None, sha256=None, name=None, folder="models", timeout=TIMEOUT):
@@ -56,13 +51,18 @@ def fetch(url, size=None, sha256=None, name=None, folder="models", timeout=TIMEO
     Raises:
         FetchError: if it cannot be had, or is not what was expected.
     """
-    path = cache_folder(folder) / (name or url.rsplit("/", 1)[-1])
-    if path.is_file() and (size is None or path.stat().st_size == size):
-        return path
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    name = name or url.rsplit("/", 1)[-1]
+    for place in cache_folders(folder):
+        path = place / name
+        if path.is_file() and (size is None or path.stat().st_size == size):
+            return path
+    unfinished = None
     try:
-        with urllib.request.urlopen(url, timeout=timeout) as answer, open(unfinished, "wb") as out:
-            digest = _copy(answer, out, url, size)
+        with urllib.request.urlopen(url, timeout=timeout) as answer:
+            path, out = _begin(cache_folders(folder), name)
+            unfinished = Path(out.name)
+            with out:
+                digest = _copy(answer, out, url, size)
         if sha256 is not None and digest != sha256:
             raise FetchError(f"{url} has the hash {digest}; {sha256} was expected.")
         os.replace(unfinished, path)
@@ -72,18 +72,51 @@ def fetch(url, size=None, sha256=None, name=None, folder="models", timeout=TIMEO
         reason = getattr(error, "reason", None) or error
         raise FetchError(f"{url} cannot be fetched: {reason}.") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        if unfinished is not None:
+            unfinished.unlink(missing_ok=True)
     return path
+
+
+def _begin(folders, name):
+    """Return where a file shall be, and an open file beside it, in the first folder that can."""
+    failures = []
+    for folder in folders:
+        # Tried, not asked: what a folder's permissions say is not always so.
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            out = open(folder / f"{name}.{os.getpid()}.part", "wb")
+        except OSError as error:
+            failures.append(f"{folder} ({error.strerror or error})")
+            continue
+        _remove_abandoned(folder, name)
+        return folder / name, out
+    raise FetchError(f"No folder to keep {name} in: {', '.join(failures)}.")
+
+
+def _remove_abandoned(folder, name):
+    """Remove what downloads of a file left that were killed."""
+    for part in folder.glob(f"{name}.*.part"):
+        try:
+            if time.time() - part.stat().st_mtime > ABANDONED:
+                part.unlink()
+        except OSError:  # another process was faster, or it is another user's
+            pass
+
+
+def _is_web_page(start):
+    return start.lstrip().lower().startswith((b"<!doctype html", b"<html"))
 
 
 def _copy(answer, out, url, size):
     announced = answer.headers.get("Content-Length")
     announced = int(announced) if announced else None
     expected = size or announced
+    chunk = answer.read(1 << 18)
+    # Some proxies do not say what they answer with.
+    if "text/html" in (answer.headers.get("Content-Type") or "") or _is_web_page(chunk):
+        raise FetchError(f"{url} answers with a web page, not with a file.")
     if size is not None and announced not in (None, size):
         raise FetchError(f"{url} offers {announced:,} bytes; {size:,} were expected.")
-    if "text/html" in (answer.headers.get("Content-Type") or ""):
-        raise FetchError(f"{url} answers with a web page, not with a file.")
     largest = expected or LARGEST
     free = shutil.disk_usage(os.path.dirname(out.name)).free
     if expected and free < expected:
@@ -91,13 +124,14 @@ def _copy(answer, out, url, size):
     print(f"Fetching {url}")
     bar = keras.utils.Progbar(expected, unit_name="byte")
     digest, done = hashlib.sha256(), 0
-    while chunk := answer.read(1 << 18):
+    while chunk:
         done += len(chunk)
         if done > largest:
             raise FetchError(f"{url} sends more than the {largest:,} bytes expected.")
         out.write(chunk)
         digest.update(chunk)
         bar.update(done, finalize=False)
+        chunk = answer.read(1 << 18)
     if expected is not None and done != expected:
         raise FetchError(f"{url} broke off after {done:,} of {expected:,} bytes.")
     bar.update(done, finalize=True)
