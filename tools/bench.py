@@ -1,0 +1,633 @@
+"""Measure how fast the model is, beside timm where that is installed, in one sitting.
+
+    python tools/bench.py                      # xxtiny, batches of 1 and 16, 224 and 448 px
+    python tools/bench.py --list               # the contestants that are installed here
+    python tools/bench.py --precisions float32 bfloat16 --batches 1 32 256    # an accelerator
+
+A case is a task (a forward pass or a training step) at one batch, image size, precision and
+preset. Each contestant of a case has a process of its own, which is warmed up and then waits
+until it is asked for one timed repetition: the contestants take turns, round after round, so
+that what disturbs the machine disturbs all of them. Only one process works at a time.
+
+Each finished case is written to the results and skipped next time, so that a sitting can be
+cut off; --again measures the chosen cases anew. A contestant that fails is recorded with its
+error. Writes gcvit/results/bench.json and, beside it, the table bench.md.
+"""
+
+import argparse
+import datetime
+import fnmatch
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent.parent / "gcvit" / "results" / "bench.json"
+PACKAGES = ("gcvit-book", "keras", "tensorflow", "jax", "torch", "timm", "numpy")
+FORWARD = ("predict", "predict_on_batch")
+STEP = ("fit", "train_on_batch")
+COMPILED = {
+    "tensorflow": ("graph", "xla"),
+    "jax": ("jit",),
+    "torch": ("compile",),
+    "timm": ("compile",),
+}
+REFERENCE = "timm eager"
+BATCHES_A_CALL = 4
+"""Batches that one call of `predict` or `fit` is given, as a user would give it several."""
+
+LONG_ENOUGH = 0.4
+"""Seconds that a repetition lasts at least: a short call is repeated within it."""
+
+
+def contestants(task):
+    """Return the names of what can be measured here: "library mode"."""
+    through_keras = FORWARD if task == "forward" else STEP
+    found = []
+    for library, compiled in COMPILED.items():
+        if importlib.util.find_spec(library) is None or (
+            library == "timm" and importlib.util.find_spec("torch") is None
+        ):
+            continue
+        found += [f"{library} {mode}" for mode in ("eager", *compiled)]
+        if library != "timm":
+            found += [f"{library} {mode}" for mode in through_keras]
+    return found
+
+
+# What runs in a contestant's process. Each function returns `call` and `images`: call() runs
+# the task once, to its end, on that many images.
+
+
+def data(case, batches=1):
+    """Return images and labels, the same for everyone."""
+    import numpy as np
+
+    draw = np.random.default_rng(0)
+    count, size = batches * case["batch"], case["size"]
+    images = draw.normal(size=(count, size, size, 3)).astype("float32")
+    return images, draw.integers(0, 1000, count).astype("int32")
+
+
+def timm_call(case, mode):
+    """Return what calls timm's model."""
+    import timm
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = timm.create_model(case["preset"], img_size=case["size"], drop_path_rate=0.2)
+    model = model.to(device).train(case["task"] == "step")
+    images, labels = data(case)
+    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device)
+    y = torch.from_numpy(labels).long().to(device)
+    half = torch.autocast(device, torch.bfloat16, enabled=case["precision"] == "bfloat16")
+    run = torch.compile(model) if mode == "compile" else model
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+
+    def forward():
+        with torch.inference_mode(), half:
+            return run(x)
+
+    def step():
+        optimizer.zero_grad()
+        with half:
+            loss = torch.nn.functional.cross_entropy(run(x), y)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return torch_synchronized(step if case["task"] == "step" else forward), len(x)
+
+
+def torch_synchronized(function):
+    """Let a call last until the accelerator has done its work."""
+    import torch
+
+    def call():
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return call
+
+
+def gcvit_call(case, backend, mode):
+    """Return what calls this package's model."""
+    import keras
+
+    from gcvit import GCViT
+
+    model = GCViT.from_preset(
+        case["preset"],
+        weights=None,
+        image_size=case["size"] if case["windows"] == "scaled" else None,
+        head_activation=None,
+        path_drop=0.2,
+        dtype="mixed_bfloat16" if case["precision"] == "bfloat16" else "float32",
+    )
+    if case["windows"] == "kept":
+        model.build((None, case["size"], case["size"], 3))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    optimizer = keras.optimizers.AdamW(1e-3)
+    if mode in FORWARD + STEP:
+        return through_keras(case, model, loss, optimizer, mode)
+    optimizer.build(model.trainable_variables)
+    images, labels = data(case)
+    by_backend = {"tensorflow": tensorflow_call, "jax": jax_call, "torch": torch_call}
+    return by_backend[backend](case, mode, model, loss, optimizer, images, labels), len(images)
+
+
+def through_keras(case, model, loss, optimizer, mode):
+    """Return what calls the model as a user does, with nothing set but optimizer and loss."""
+    model.compile(optimizer, loss)
+    batch = case["batch"]
+    images, labels = data(case, BATCHES_A_CALL if mode in ("predict", "fit") else 1)
+    calls = {
+        "predict": lambda: model.predict(images, batch, verbose=0),
+        "predict_on_batch": lambda: model.predict_on_batch(images),
+        "fit": lambda: model.fit(images, labels, batch, verbose=0),
+        "train_on_batch": lambda: float(model.train_on_batch(images, labels)),
+    }
+    return calls[mode], len(images)
+
+
+def tensorflow_call(case, mode, model, loss, optimizer, images, labels):
+    import tensorflow as tf
+
+    x, y = tf.constant(images), tf.constant(labels)
+    weights = [v.value for v in model.trainable_variables]
+
+    def forward(x, y):
+        return model(x, training=False)
+
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            value = loss(y, model(x, training=True))
+        optimizer.apply(tape.gradient(value, weights), model.trainable_variables)
+        return value
+
+    function = step if case["task"] == "step" else forward
+    if mode != "eager":
+        function = tf.function(function, jit_compile=mode == "xla")
+    return lambda: function(x, y).numpy()
+
+
+def jax_call(case, mode, model, loss, optimizer, images, labels):
+    import jax
+
+    x, y = jax.numpy.asarray(images), jax.numpy.asarray(labels)
+    jit = (lambda f, **_: f) if mode == "eager" else jax.jit
+    state = [
+        [v.value for v in variables]
+        for variables in (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            optimizer.variables,
+        )
+    ]
+    if case["task"] == "forward":
+        forward = jit(lambda a, b, x: model.stateless_call(a, b, x, training=False)[0])
+        return lambda: forward(*state[:2], x).block_until_ready()
+
+    def loss_and_state(weights, rest, x, y):
+        logits, rest = model.stateless_call(weights, rest, x, training=True)
+        return loss(y, logits), rest
+
+    def step(state, x, y):
+        weights, rest, slots = state
+        (value, rest), gradients = jax.value_and_grad(loss_and_state, has_aux=True)(
+            weights, rest, x, y
+        )
+        weights, slots = optimizer.stateless_apply(slots, gradients, weights)
+        return [weights, rest, slots], value
+
+    # As Keras does: the old weights' memory is given to the new ones.
+    step = jit(step, donate_argnums=0)
+
+    def call():
+        state[:], _ = jax.block_until_ready(step(state, x, y))
+
+    return call
+
+
+def torch_call(case, mode, model, loss, optimizer, images, labels):
+    import keras
+    import torch
+
+    x = keras.ops.convert_to_tensor(images)
+    y = keras.ops.convert_to_tensor(labels)
+    weights = model.trainable_variables
+    run = torch.compile(model) if mode == "compile" else model
+
+    def forward():
+        with torch.inference_mode():
+            return run(x, training=False)
+
+    def step():
+        model.zero_grad()
+        loss(y, run(x, training=True)).backward()
+        with torch.no_grad():
+            optimizer.apply([v.value.grad for v in weights], weights)
+
+    return torch_synchronized(step if case["task"] == "step" else forward)
+
+
+class Memory:
+    """The most memory that was held while something ran: the accelerator's, or the process's.
+
+    On a CPU it is the process's resident memory, its libraries included, and read from
+    Linux's /proc; elsewhere it is not known.
+    """
+
+    def __init__(self, library):
+        self.library = library
+        if library == "jax":
+            import jax
+
+            self.on_device = jax.devices()[0].platform != "cpu"
+        elif library == "tensorflow":
+            import tensorflow as tf
+
+            self.on_device = bool(tf.config.list_physical_devices("GPU"))
+        else:
+            import torch
+
+            self.on_device = torch.cuda.is_available()
+
+    def reset(self):
+        if self.on_device and self.library == "tensorflow":
+            import tensorflow as tf
+
+            tf.config.experimental.reset_memory_stats("GPU:0")
+        elif self.on_device and self.library != "jax":  # JAX counts from the process's start
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+        elif Path("/proc/self/clear_refs").exists():
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self):
+        """Return the bytes, or None where they are not known."""
+        if self.on_device and self.library == "tensorflow":
+            import tensorflow as tf
+
+            return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+        if self.on_device and self.library == "jax":
+            import jax
+
+            return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+        if self.on_device:
+            import torch
+
+            return torch.cuda.max_memory_allocated()
+        return process_memory("VmHWM")
+
+
+def process_memory(field):
+    """Return a field of this process's memory in bytes; None where Linux's /proc is not."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def accelerator(library):
+    """Return the name of the device that a library computes on, or None for a CPU."""
+    if library == "jax":
+        import jax
+
+        device = jax.devices()[0]
+        return None if device.platform == "cpu" else device.device_kind
+    if library == "tensorflow":
+        import tensorflow as tf
+
+        found = tf.config.list_physical_devices("GPU")
+        return tf.config.experimental.get_device_details(found[0])["device_name"] if found else None
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def work(case, contestant, answer):
+    """Prepare a contestant, then do what is asked on stdin: "repeat", or "end"."""
+    library, mode = contestant.split()
+    if library in ("timm", "torch"):
+        import torch  # noqa: F401 - after TensorFlow, PyTorch's triton crashes
+    began = time.perf_counter()
+    call, images = timm_call(case, mode) if library == "timm" else gcvit_call(case, library, mode)
+    prepared = time.perf_counter()
+    call()
+    first = time.perf_counter() - prepared
+    call()
+    again = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - again
+    calls = max(1, round(LONG_ENOUGH / seconds))
+    memory = Memory(library)
+    memory.reset()
+    answer(
+        images_a_call=images,
+        calls_a_repetition=calls,
+        prepare_s=prepared - began,
+        first_call_s=first,
+        accelerator=accelerator(library),
+    )
+    for line in sys.stdin:
+        if line.strip() == "end":
+            break
+        if calls > 1:
+            call()  # what the others have put out of the caches comes back
+        began = time.perf_counter()
+        for _ in range(calls):
+            call()
+        answer(seconds=(time.perf_counter() - began) / calls)
+    answer(peak_bytes=memory.peak())
+
+
+class Contestant:
+    """A process that waits for what it is asked."""
+
+    def __init__(self, name, case):
+        self.name = name
+        self.log = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--work", json.dumps([case, name])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env={
+                **os.environ,
+                "KERAS_BACKEND": name.split()[0].replace("timm", "torch"),
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+            },
+        )
+        self.seconds = []
+        self.found = self.hear()
+
+    def ask(self, what):
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return self.hear()
+
+    def hear(self):
+        """Return what the process answers; raise RuntimeError where it has ended instead."""
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self.process.wait()
+        self.log.seek(0)
+        said = self.log.read().strip().splitlines()
+        raise RuntimeError(said[-1][:300] if said else f"ended with {self.process.returncode}")
+
+    def end(self):
+        self.found |= self.ask("end")
+        self.process.communicate()
+
+
+def measure(case, names, repetitions, seconds):
+    """Let the contestants of a case take turns; return a record for each."""
+    records, taking_part = [], []
+    for name in names:
+        began = time.perf_counter()
+        try:
+            taking_part.append(Contestant(name, case))
+            print(f"  {name}: ready after {time.perf_counter() - began:.1f} s", flush=True)
+        except RuntimeError as error:
+            records.append({**case, "contestant": name, "error": str(error)})
+            print(f"  {name}: {error}", flush=True)
+    began = time.perf_counter()
+    for round_ in range(repetitions):
+        if round_ >= 3 and time.perf_counter() - began > seconds:
+            break
+        for contestant in list(taking_part):
+            try:
+                contestant.seconds.append(contestant.ask("repeat")["seconds"])
+            except RuntimeError as error:
+                records.append({**case, "contestant": contestant.name, "error": str(error)})
+                taking_part.remove(contestant)
+    for contestant in taking_part:
+        contestant.end()
+        records.append(record(case, contestant))
+    return sorted(records, key=lambda r: names.index(r["contestant"]))
+
+
+def record(case, contestant):
+    """Return a contestant's numbers: medians and quartiles of the seconds of a batch."""
+    found = contestant.found
+    batches = found["images_a_call"] / case["batch"]
+    seconds = [value / batches for value in contestant.seconds]
+    quartiles = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {
+        **case,
+        "contestant": contestant.name,
+        "repetitions": len(seconds),
+        "calls_a_repetition": found["calls_a_repetition"],
+        "batches_a_call": batches,
+        "median_s": quartiles[1],
+        "quartiles_s": [quartiles[0], quartiles[2]],
+        "images_per_s": case["batch"] / quartiles[1],
+        "first_call_s": found["first_call_s"],
+        # What the first call took beyond a usual one: tracing and compiling.
+        "compile_s": max(0.0, found["first_call_s"] - quartiles[1] * batches),
+        "peak_bytes": found["peak_bytes"],
+        "accelerator": found["accelerator"],
+    }
+
+
+def with_ratios(records):
+    """Add to each record how many times as fast as timm eager it was in the same case."""
+    done = []
+    for record in records:
+        record = {key: value for key, value in record.items() if key != "times_timm_eager"}
+        twin = next(
+            (
+                other
+                for other in records
+                if other["contestant"] == REFERENCE
+                and case_of(other) == case_of(record)
+                and "error" not in other
+            ),
+            None,
+        )
+        if twin and "error" not in record:
+            record["times_timm_eager"] = twin["median_s"] / record["median_s"]
+        done.append(record)
+    return done
+
+
+CASE = ("task", "preset", "precision", "windows", "batch", "size")
+
+
+def case_of(record):
+    return {key: record[key] for key in CASE}
+
+
+def title(case):
+    task = "training step" if case["task"] == "step" else "forward"
+    windows = "" if case["windows"] == "scaled" else ", the preset's windows kept"
+    return (
+        f"{task}, {case['preset']}, {case['precision']}, batch {case['batch']}, "
+        f"{case['size']} px{windows}"
+    )
+
+
+def tables(results):
+    """Return the results as Markdown: a table for each case."""
+    lines = [
+        f"Measured on {results['hardware']}, {results['accelerator'] or 'no accelerator'}, "
+        f"{results['date']}, by `{results['command']}`; "
+        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        + ". Seconds are those of a batch: the median, and the quartiles in brackets. Compile "
+        "time is what the first call took beyond a usual one. Peak memory is "
+        + ("the accelerator's." if results["accelerator"] else "the process's, libraries included.")
+    ]
+    for _, group in itertools.groupby(results["records"], key=case_of):
+        group = list(group)
+        lines += ["", f"**{title(group[0])[0].upper()}{title(group[0])[1:]}**", ""]
+        lines += [
+            "| | ms a batch | images/s | times timm eager | compile s | peak MB |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        for record in group:
+            if "error" in record:
+                lines.append(f"| {record['contestant']} | failed: {record['error']} | | | | |")
+                continue
+            low, high = (1000 * value for value in record["quartiles_s"])
+            peak, ratio = record["peak_bytes"], record.get("times_timm_eager")
+            cells = [
+                record["contestant"],
+                f"{1000 * record['median_s']:.1f} ({low:.1f} to {high:.1f})",
+                f"{record['images_per_s']:.1f}",
+                f"{ratio:.2f}" if ratio else "",
+                f"{record['compile_s']:.1f}",
+                f"{peak / 2**20:.0f}" if peak else "",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def hardware():
+    """Return a few words about the machine's processor and memory."""
+    cpu = "unknown processor"
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), cpu)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return f"{os.cpu_count()} cores of {cpu}, {memory:.0f} GiB"
+
+
+def save(results, path):
+    """Write the results and the tables, each as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = {path: json.dumps(results, indent=1) + "\n", path.with_suffix(".md"): tables(results)}
+    for target, text in texts.items():
+        unfinished = target.with_name(target.name + ".part")
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, target)
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--list", action="store_true", help="list the contestants and stop")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--tasks", nargs="+", choices=["forward", "step"], metavar="TASK",
+                        default=["forward", "step"])  # fmt: skip
+    parser.add_argument("--presets", nargs="+", default=["gcvit_xxtiny"])
+    parser.add_argument("--precisions", nargs="+", choices=["float32", "bfloat16"],
+                        default=["float32"])  # fmt: skip
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 448], help="pixels a side")
+    parser.add_argument("--windows", choices=["scaled", "kept"], default="scaled",
+                        help="scaled with the image, as in timm, or the preset's kept")  # fmt: skip
+    parser.add_argument("--contestants", nargs="+", default=["*"], metavar="PATTERN",
+                        help='such as "jax *" "timm eager"; default: all installed')  # fmt: skip
+    parser.add_argument("--without", nargs="+", default=[], metavar="PATTERN")
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=60,
+                        help="after these, a case ends with its third round or later")  # fmt: skip
+    parser.add_argument("--again", action="store_true", help="measure what is measured already")
+    return parser.parse_args(arguments)
+
+
+def chosen(names, arguments):
+    """Return the names that a pattern of --contestants fits and none of --without."""
+    return [
+        name
+        for name in names
+        if any(fnmatch.fnmatch(name, pattern) for pattern in arguments.contestants)
+        and not any(fnmatch.fnmatch(name, pattern) for pattern in arguments.without)
+    ]
+
+
+def main():
+    arguments = parse()
+    if arguments.work:
+        # What the libraries print must not come between the answers.
+        answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+        def answer(**found):
+            answers.write(json.dumps(found) + "\n")
+            answers.flush()
+
+        return work(*json.loads(arguments.work), answer)
+    if arguments.list:
+        for task in arguments.tasks:
+            print(f"{task}: {', '.join(chosen(contestants(task), arguments))}")
+        return None
+    results = {"records": []}
+    if arguments.out.exists():
+        results = json.loads(arguments.out.read_text(encoding="utf-8"))
+    for task, preset, precision, batch, size in itertools.product(
+        arguments.tasks,
+        arguments.presets,
+        arguments.precisions,
+        arguments.batches,
+        arguments.sizes,
+    ):
+        values = (task, preset, precision, arguments.windows, batch, size)
+        case = dict(zip(CASE, values, strict=True))
+        others = [r for r in results["records"] if case_of(r) != case]
+        if len(others) < len(results["records"]) and not arguments.again:
+            continue
+        print(title(case), flush=True)
+        names = chosen(contestants(task), arguments)
+        new = measure(case, names, arguments.repetitions, arguments.seconds)
+        results = {
+            "command": "python tools/bench.py",
+            "date": datetime.date.today().isoformat(),
+            "hardware": hardware(),
+            "accelerator": next((r["accelerator"] for r in new if r.get("accelerator")), None),
+            "versions": {
+                name: importlib.metadata.version(name)
+                for name in PACKAGES
+                if importlib.util.find_spec(name.replace("-book", ""))
+            },
+            "settings": {"batches_a_call": BATCHES_A_CALL, "path_drop": 0.2, "optimizer": "AdamW"},
+            "records": with_ratios([*others, *new]),
+        }
+        save(results, arguments.out)
+        for found in results["records"][-len(new) :]:
+            if "error" not in found:
+                print(
+                    f"  {found['contestant']:28s} {1000 * found['median_s']:8.1f} ms "
+                    f"{found['images_per_s']:7.1f} images/s "
+                    f"{found.get('times_timm_eager', float('nan')):5.2f} x timm eager"
+                    f"  {(found['peak_bytes'] or 0) / 2**20:6.0f} MB",
+                    flush=True,
+                )
+    return None
+
+
+if __name__ == "__main__":
+    main()
