@@ -179,6 +179,24 @@ def test_workflows_are_pinned_and_bounded(path):
                 assert "requirements-lock.txt" in str(step["with"])
 
 
+def test_hooks_mend_what_lint_checks():
+    """pre-commit's hooks need nothing from elsewhere, and CI checks the same by make lint."""
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nlint:")[2]
+    assert "make lint" in (ROOT / ".github" / "workflows" / "check.yml").read_text()
+    checks = {
+        ".venv/bin/python tools/notebooks.py format": "$(BIN)/python tools/notebooks.py check\n",
+        ".venv/bin/ruff check --fix --force-exclude": "$(BIN)/ruff check .\n",
+        ".venv/bin/ruff format --force-exclude": "$(BIN)/ruff format --check gcvit tests tools\n",
+    }
+    hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
+    assert {repo["repo"] for repo in config["repos"]} == {"local"}
+    assert {hook["language"] for hook in hooks} == {"system"}
+    assert {hook["entry"] for hook in hooks} == set(checks)
+    for check in checks.values():
+        assert check in recipe.partition("\n\n")[0]
+
+
 def test_what_needs_a_network_has_a_marker_and_runs_weekly():
     weekly = (ROOT / ".github" / "workflows" / "weekly.yml").read_text(encoding="utf-8")
     assert "pytest -m network" in weekly
