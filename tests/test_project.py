@@ -24,7 +24,8 @@ def code_cells(path):
 
 def texts():
     """Yield each text file of the project that may name its address."""
-    for pattern in ("*.md", "*.toml", "*.cff", "*.txt", "book/*", ".github/**/*", "gcvit/*.py"):
+    patterns = ["*.md", "*.toml", "*.yml", "*.cff", "*.txt", "book/*", ".github/**/*"]
+    for pattern in (*patterns, "gcvit/*.py", "tools/*.py"):
         for path in ROOT.glob(pattern):
             if path.is_file():
                 yield path, path.read_text(encoding="utf-8")
@@ -39,7 +40,9 @@ def test_the_address_stands_in_the_configuration_and_is_the_same_everywhere():
             found.append(path.name)
         for other in re.findall(r"([\w-]+)\.github\.io/([\w-]+)", text):
             assert other == (owner, name), path
-        for other in re.findall(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/", text):
+        for other in re.findall(
+            r"(?:colab\.research\.google\.com/github|mybinder\.org/v2/gh)/([\w.-]+/[\w.-]+)/", text
+        ):
             assert other == f"{owner}/{name}", path
     assert {"README.md", "pyproject.toml", "CITATION.cff", NOTEBOOKS[0].name} <= set(found)
 
