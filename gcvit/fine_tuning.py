@@ -1229,7 +1229,15 @@ def make_variables(model, labels, classes):
 
     Made in the first step, as they are by default, they have TensorFlow trace it twice,
     which takes longer than many a step. A backup is read into them.
+
+    Raises:
+        ValueError: if the model has no weights yet to make them for.
     """
+    if not model.built:
+        raise ValueError(
+            "The model has no weights yet, so nothing can be trained. Build it first: "
+            "model.build((None, height, width, 3))."
+        )
     model.optimizer.build(model.trainable_variables)
     model.compute_metrics(None, labels, np.zeros((1, classes), "float32"))
     model.reset_metrics()
@@ -1248,8 +1256,59 @@ def _described(model, photos, plan, recipe, **settings):
     return {**described, **settings}
 
 
+def _distributed():
+    """Tell whether a `keras.distribution` is set, which wants batches that can be shared out."""
+    return keras.distribution.distribution() is not None
+
+
+def _steps_an_epoch(photos, plan):
+    whole, rest = divmod(photos.train_size, plan.batch_size)
+    return whole + (rest > 0 and not _distributed())
+
+
+def padded(batches, batch_size, count):
+    """Fill the last batch up, without a change to any mean over all of them.
+
+    Args:
+        batches: `tf.data.Dataset` of (images, labels), full but for the last one.
+        batch_size: images in a full batch.
+        count: images in all of them.
+
+    Returns:
+        `tf.data.Dataset` of (images, labels, weights). What was added, the batch's first
+        image again, has the weight 0; all others have the same weight, by which a mean
+        over full batches becomes the mean over `count` images.
+    """
+    weight = -(-count // batch_size) * batch_size / count
+
+    def fill(images, labels):
+        missing = batch_size - tf.shape(images)[0]
+        weights = tf.pad(tf.fill([batch_size - missing], weight), [[0, missing]])
+        full = [
+            tf.ensure_shape(
+                tf.concat([part, tf.repeat(part[:1], missing, axis=0)], axis=0),
+                (batch_size, *part.shape[1:]),
+            )
+            for part in (images, labels)
+        ]
+        return (*full, tf.ensure_shape(weights, [batch_size]))
+
+    return batches.map(fill)
+
+
+def _run(train, validation, photos, plan, keeper):
+    """Return the `Run`. Where batches are shared out among devices all of them are full."""
+    if _distributed():
+        train = train.take(_steps_an_epoch(photos, plan))
+        validation = padded(validation, plan.batch_size, photos.validation_size)
+    return Run(train, validation, plan.epochs, keeper)
+
+
 def original(model, photos, plan, backup=None, seed=0):
     """Prepare the recipe of the original notebook: flips, Adam at 1e-3, nothing else.
+
+    Under a `keras.distribution` an epoch's last batch is left out if it is not full, and the
+    validation's last one is `padded`: devices take equal parts.
 
     Args:
         model: a `GCViT` that gives probabilities; it is compiled.
@@ -1266,14 +1325,14 @@ def original(model, photos, plan, backup=None, seed=0):
     model.compile(
         keras.optimizers.Adam(1e-3),
         "sparse_categorical_crossentropy",
-        metrics=["accuracy"],
+        weighted_metrics=["accuracy"],
         jit_compile=jit_compile(),
     )
     make_variables(model, np.zeros(1), len(photos.class_names))
     described = _described(model, photos, plan, "original", seed=seed)
     keeper = Keeper(model, described, backup and Path(backup) / "run.npz", leave_best=False)
     train = make_dataset(photos.train, *size, train=True, seed=seed, epoch=keeper.pass_number)
-    return Run(train, make_dataset(photos.validation, *size), plan.epochs, keeper)
+    return _run(train, make_dataset(photos.validation, *size), photos, plan, keeper)
 
 
 def better(
@@ -1301,7 +1360,7 @@ def better(
         See `original`. Labels are one-hot here.
     """
     classes, size = len(photos.class_names), (plan.image_size, plan.batch_size)
-    steps = plan.epochs * -(-photos.train_size // plan.batch_size)
+    steps = plan.epochs * _steps_an_epoch(photos, plan)
     model.compile(
         adamw(
             WarmupCosine(peak, steps // 10, steps),
@@ -1311,7 +1370,7 @@ def better(
             ema_momentum=1 - 1 / max(steps / 10, 2),  # the average spans a tenth of the run
         ),
         keras.losses.CategoricalCrossentropy(label_smoothing=0.1),
-        metrics=["accuracy"],
+        weighted_metrics=["accuracy"],
         jit_compile=jit_compile(),
     )
     make_variables(model, np.zeros((1, classes)), classes)
@@ -1328,7 +1387,7 @@ def better(
     )
     train = mix(one_hot(train, classes), seed, keeper.pass_number)
     validation = one_hot(make_dataset(photos.validation, *size), classes)
-    return Run(train, validation, plan.epochs, keeper)
+    return _run(train, validation, photos, plan, keeper)
 
 
 RECIPES = {"original": original, "better": better}

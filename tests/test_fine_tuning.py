@@ -264,6 +264,19 @@ def picture(value=0, size=(40, 30)):
     return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype="uint8"))
 
 
+def test_padding_changes_no_mean():
+    model = keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(3, "softmax")])
+    loss = "sparse_categorical_crossentropy"
+    model.compile("sgd", loss, weighted_metrics=["accuracy"])
+    images, labels = np.random.default_rng(0).normal(size=(11, 2, 2, 3)), np.arange(11) % 3
+    batches = tf.data.Dataset.from_tensor_slices((np.float32(images), labels)).batch(4)
+    full = fine_tuning.padded(batches, 4, 11)
+    assert [len(images) for images, _, _ in full] == [4, 4, 4]
+    np.testing.assert_allclose(
+        model.evaluate(full, verbose=0), model.evaluate(batches, verbose=0), rtol=1e-5
+    )
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Two classes of ten photographs each."""
@@ -734,6 +747,14 @@ def test_an_interrupt_leaves_the_best_weights_and_the_backup(two_classes, tmp_pa
     assert loss == pytest.approx(history["val_loss"][best], rel=1e-4)
     again = fine_tuning.fit(model, run, verbose=0)
     assert len(again["loss"]) == 4 and again["loss"][:2] == history["loss"]
+
+
+@pytest.mark.parametrize("recipe", fine_tuning.RECIPES.values())
+def test_a_model_without_weights_is_refused(recipe):
+    photos = fine_tuning.embedded_photographs(per_class=4)
+    plan = fine_tuning.Plan("t", "", None, 32, None, None, 1, 8, "float32", "", ())
+    with pytest.raises(ValueError, match="Build it first"):
+        recipe(GCViT((4, 2), 8, (1, 1), (1, 2), num_classes=7), photos, plan)
 
 
 @pytest.mark.usefixtures("undistorted")
