@@ -11,6 +11,9 @@ import dataclasses
 import time
 from pathlib import Path
 
+import keras
+from keras import ops
+
 from gcvit.checks import pair
 from gcvit.model import SMALLEST_IMAGE
 from gcvit.unit_blocks import halved
@@ -184,16 +187,24 @@ def seconds(function, at_least=0.2):
     The shortest is the one least disturbed by whatever else the machine does.
 
     Args:
-        function: takes nothing; its first call, which may compile, is not timed.
+        function: takes nothing; its first call, which may compile, is not timed. Where it
+            returns tensors, a call has ended when they have arrived in the CPU's memory: an
+            accelerator, and JAX anywhere, returns them before they are computed.
         at_least: seconds to go on calling; default 0.2. It is called twice at least.
     """
-    function()
+    _finished(function())
     times, end = [], time.perf_counter() + at_least
     while len(times) < 2 or time.perf_counter() < end:
         start = time.perf_counter()
-        function()
+        _finished(function())
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def _finished(results):
+    for result in keras.tree.flatten(results):
+        if ops.is_tensor(result):
+            ops.convert_to_numpy(result)
 
 
 def peak_memory(function):
@@ -205,7 +216,8 @@ def peak_memory(function):
         function: takes nothing. Call it once beforehand if its first call compiles.
 
     Returns:
-        Bytes; `None` where the system does not tell: it is Linux that does.
+        Bytes of the machine's memory, not of an accelerator's; `None` where the system does
+        not tell: it is Linux that does.
     """
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -220,5 +232,5 @@ def peak_memory(function):
         before = in_use("VmRSS")
     except (AttributeError, OSError, ValueError):
         return None
-    function()
+    _finished(function())
     return max(0, in_use("VmHWM") - before)

@@ -194,6 +194,15 @@ def test_seconds_is_the_shortest_call_and_not_the_first():
     assert 0.01 <= cost.seconds(lambda: time.sleep(next(naps)), at_least=0.04) < 0.1
 
 
+@pytest.mark.numerics
+def test_seconds_waits_for_tensors(monkeypatch):
+    """JAX returns at once what takes a while; only the wait is seen here, on every backend."""
+    arrived = []
+    monkeypatch.setattr(cost.ops, "convert_to_numpy", lambda x: arrived.append(x.shape))
+    cost.seconds(lambda: {"a": keras.ops.ones((2, 3)), "b": [keras.ops.ones(4), 7]}, at_least=0)
+    assert [tuple(shape) for shape in arrived] == [(2, 3), (4,)] * 3
+
+
 def test_peak_memory_sees_what_is_freed_again():
     def take_and_free():
         np.ones(8_000_000)  # 64 MB, every page touched
