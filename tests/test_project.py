@@ -5,11 +5,13 @@ import importlib.metadata
 import importlib.util
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
@@ -164,6 +166,16 @@ def test_lock_names_no_address():
     lock = (ROOT / "requirements-lock.txt").read_text(encoding="utf-8")
     assert "http" not in lock and "--hash=sha256:" in lock
     assert not re.search(r"^torch==", lock, re.M)
+
+
+def test_the_lock_lies_within_the_ranges():
+    lock = (ROOT / "requirements-lock.txt").read_text(encoding="utf-8")
+    pins = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", lock, re.M))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    for requirement in map(Requirement, wanted):
+        pin = pins[re.sub(r"[._]", "-", requirement.name)]
+        assert requirement.specifier.contains(pin), f"{requirement}: the lock has {pin}"
 
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
