@@ -33,7 +33,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         kind = self.path.split("/")[1]
         if kind == "missing":
             return self.send_error(404)
-        body = {"html": PAGE, "disguised": PAGE, "garbage": b"\0" * len(CONTENT)}
+        body = {"html": b"Log in", "disguised": PAGE, "garbage": b"\0" * len(CONTENT)}
         body = body.get(kind, CONTENT)
         self.send_response(200)
         form = "text/html" if kind == "html" else "application/octet-stream"
@@ -48,6 +48,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if kind == "stalled":
                     self.server.over.wait(10)
             else:
+                if kind == "together":
+                    self.server.both.wait(10)
                 for _ in range(100 if kind == "endless" else 1):
                     self.wfile.write(body)
         except OSError:  # the other side hung up
@@ -62,7 +64,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(fetch_module.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.over = [], threading.Event()
+    server.requests, server.over, server.both = [], threading.Event(), threading.Barrier(2)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_port}"
     yield server
@@ -210,7 +212,7 @@ def _fetch_in_process(url, results):
 
 def test_two_processes_at_once(server):
     results = FORK.Queue()
-    url = f"{server.url}/good/file.bin"
+    url = f"{server.url}/together/file.bin"
     both = [FORK.Process(target=_fetch_in_process, args=(url, results)) for _ in range(2)]
     for process in both:
         process.start()
