@@ -26,6 +26,7 @@ book: install ## Execute every chapter and write _build/html/index.html
 
 test: install test-unit test-book ## Run the unit tests, then every chapter
 
+# JAX compiles each program for one call here, so it is told not to spend long on it.
 test-unit: install ## Run the unit tests: all on TensorFlow, those of numbers on the others too
 	@for backend in $(BACKENDS); do \
 	  if [ $$backend = torch ] && ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
@@ -33,7 +34,8 @@ test-unit: install ## Run the unit tests: all on TensorFlow, those of numbers on
 	  fi; \
 	  if [ $$backend = tensorflow ]; then chosen=; else chosen='-m numerics'; fi; \
 	  echo "KERAS_BACKEND=$$backend"; \
-	  KERAS_BACKEND=$$backend $(BIN)/python -m pytest -n 2 tests $$chosen || exit 1; \
+	  KERAS_BACKEND=$$backend JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
+	    $(BIN)/python -m pytest -n 2 --dist worksteal tests $$chosen || exit 1; \
 	done
 
 test-book: install ## Run every chapter, as a reader's Jupyter would
