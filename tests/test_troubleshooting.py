@@ -9,7 +9,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "book" / "troubleshooting.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```text\n(.*?)^```", PAGE, re.M | re.S)
-QUOTED = [line for block in BLOCKS for line in block.splitlines()]
+QUOTED = [line for block in BLOCKS for line in block.replace("\n  ", " ").splitlines()]
 
 
 def code():
