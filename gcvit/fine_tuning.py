@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import keras
@@ -17,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from gcvit.checks import pair
-from gcvit.fetch import FetchError
+from gcvit.fetch import FetchError, fetch
 from gcvit.model import GCViT
 from gcvit.presets import PRESETS
 from gcvit.weights import (
@@ -38,6 +37,12 @@ DEVIATION = 255 * np.array([0.229, 0.224, 0.225], dtype="float32")
 
 FLOWERS_URL = "http://download.tensorflow.org/example_images/flower_photos.tgz"
 """Where tensorflow-datasets gets `tf_flowers` from."""
+
+FLOWERS_ARCHIVE = {
+    "size": 228_813_984,
+    "sha256": "4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c",
+}
+"""What must be there, as tensorflow-datasets has it registered too."""
 
 PATCH = 128
 """Side in pixels of the patches that the embedded photographs are cut into."""
@@ -149,17 +154,6 @@ def flowers_are_here(data_dir=None):
     return True
 
 
-def reachable(url, timeout=5):
-    """Tell within `timeout` seconds (default 5) whether an address answers."""
-    try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url, method="HEAD"), timeout=timeout
-        ) as answer:
-            return answer.status < 400
-    except (OSError, ValueError):
-        return False
-
-
 def flowers(data_dir=None):
     """Return `tf_flowers`, split 90 to 10 as the official split goes.
 
@@ -174,14 +168,19 @@ def flowers(data_dir=None):
     """
     import tensorflow_datasets as tfds
 
-    # Asked first: with no network, tensorflow-datasets itself gives up after minutes.
-    if not flowers_are_here(data_dir) and not reachable(FLOWERS_URL):
-        raise FetchError(
-            f"tf_flowers is not prepared in {flowers_folder(data_dir)}, and {FLOWERS_URL} does "
-            "not answer."
-        )
+    archive = None
+    if not flowers_are_here(data_dir):
+        # tensorflow-datasets has no timeout and no limit on the size, and with no network gives
+        # up after minutes. It takes an archive that it finds, and prepares it.
+        try:
+            archive = fetch(FLOWERS_URL, **FLOWERS_ARCHIVE, folder="datasets")
+        except FetchError as error:
+            raise FetchError(
+                f"tf_flowers is not prepared in {flowers_folder(data_dir)}, and {error}"
+            ) from error
     if not watched():
         tfds.disable_progress_bar()
+    config = tfds.download.DownloadConfig(manual_dir=archive and archive.parent)
     try:
         (train, validation), info = tfds.load(
             "tf_flowers",
@@ -190,6 +189,7 @@ def flowers(data_dir=None):
             as_supervised=True,
             try_gcs=False,
             with_info=True,
+            download_and_prepare_kwargs={"download_config": config},
         )
     except OSError as error:  # also what a download that breaks off raises
         raise FetchError(f"tf_flowers cannot be prepared: {error}") from error

@@ -11,14 +11,14 @@ import urllib.request
 
 from gcvit import PRESETS
 from gcvit.fetch import TIMEOUT
-from gcvit.fine_tuning import FLOWERS_URL
+from gcvit.fine_tuning import FLOWERS_ARCHIVE, FLOWERS_URL
 
 ATTEMPTS = 3
 
 
 def addresses():
     """Return {address: size in bytes, or None} of all that a reader's run may fetch."""
-    found = {FLOWERS_URL: None}
+    found = {FLOWERS_URL: FLOWERS_ARCHIVE["size"]}
     for preset in PRESETS.values():
         found |= {w["url"]: w["size"] for w in preset["weights"].values() if "url" in w}
     return found
