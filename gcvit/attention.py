@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from gcvit import fast
 from gcvit.checks import fraction, heads_divide, pair, positive_whole
 
 
@@ -143,7 +144,7 @@ class WindowAttention(layers.Layer):
     def weights_of(self, q, k):
         """Return the attention weights, (batch, windows, heads, query tokens, key tokens)."""
         scores = ops.matmul(q * self.scale, ops.swapaxes(k, -2, -1))
-        return self.softmax(scores + self.relative_position_bias())
+        return self.softmax(fast.add_to_each(scores, self.relative_position_bias()))
 
     def attention_weights(self, x, q_global=None):
         """Return what each token attends to, (batch · windows, heads, tokens, tokens).

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from gcvit import fast
 from gcvit.checks import feature_map_shape
 from gcvit.unit_blocks import build_fused_mbconv, fused_mbconv, halved, padded, run
 
@@ -103,7 +104,7 @@ class FeatureExtraction(layers.Layer):
         self.pad1.build(input_shape)
         build_fused_mbconv(self.conv, input_shape)
         if not self.keepdims:
-            self.pool = layers.MaxPooling2D(3, strides=2, dtype=dtype, name="pool")
+            self.pool = fast.MaxPooling2D(3, strides=2, dtype=dtype, name="pool")
             self.pool.build(padded(input_shape))
 
     def call(self, x):

@@ -3,6 +3,7 @@
 import keras
 from keras import layers
 
+from gcvit import fast
 from gcvit.checks import feature_map_shape, positive_whole
 
 
@@ -29,10 +30,10 @@ def fused_mbconv(channels, dtype=None):
     `ReduceSize.conv` and `FeatExtract.conv`.
     """
     return [
-        layers.DepthwiseConv2D(3, padding="valid", use_bias=False, dtype=dtype, name="conv_0"),
-        layers.Activation("gelu", dtype=dtype, name="conv_1"),
+        fast.DepthwiseConv2D(3, padding="valid", use_bias=False, dtype=dtype, name="conv_0"),
+        fast.Activation("gelu", dtype=dtype, name="conv_1"),
         SqueezeAndExcitation(dtype=dtype, name="conv_2"),
-        layers.Conv2D(channels, 1, use_bias=False, dtype=dtype, name="conv_3"),
+        fast.Conv2D(channels, 1, use_bias=False, dtype=dtype, name="conv_3"),
     ]
 
 
@@ -99,7 +100,7 @@ class SqueezeAndExcitation(layers.Layer):
         self.avg_pool = layers.GlobalAveragePooling2D(keepdims=True, dtype=dtype, name="avg_pool")
         self.fc = [
             layers.Dense(hidden, use_bias=False, dtype=dtype, name="fc_0"),
-            layers.Activation("gelu", dtype=dtype, name="fc_1"),
+            fast.Activation("gelu", dtype=dtype, name="fc_1"),
             layers.Dense(gates, use_bias=False, dtype=dtype, name="fc_2"),
             layers.Activation("sigmoid", dtype=dtype, name="fc_3"),
         ]
@@ -158,7 +159,7 @@ class ReduceSize(layers.Layer):
         self.conv = fused_mbconv(channels, dtype)
         # padding="same" with stride 2 would pad on one side only.
         self.pad2 = layers.ZeroPadding2D(1, dtype=dtype, name="pad2")
-        self.reduction = layers.Conv2D(
+        self.reduction = fast.Conv2D(
             self._output_channels(channels),
             3,
             strides=2,
@@ -220,7 +221,7 @@ class MLP(layers.Layer):
         hidden = self.hidden_features or channels
         dtype = self.dtype_policy
         self.fc1 = layers.Dense(hidden, dtype=dtype, name="fc1")
-        self.act = layers.Activation(self.activation, dtype=dtype, name="act")
+        self.act = fast.Activation(self.activation, dtype=dtype, name="act")
         self.drop1 = layers.Dropout(self.dropout, dtype=dtype, name="drop1")
         self.fc2 = layers.Dense(self.out_features or channels, dtype=dtype, name="fc2")
         self.drop2 = layers.Dropout(self.dropout, dtype=dtype, name="drop2")

@@ -1,0 +1,118 @@
+"""The faster ways give what Keras's own layers give: outputs, and gradients by all they take."""
+
+import keras
+import numpy as np
+import pytest
+from conftest import to_numpy
+from keras import layers
+
+from gcvit import fast
+
+pytestmark = pytest.mark.numerics
+RNG = np.random.default_rng(3)
+PAIRS = {
+    "depthwise": (fast.DepthwiseConv2D, layers.DepthwiseConv2D, (3,), {"use_bias": False}),
+    "1x1": (fast.Conv2D, layers.Conv2D, (5, 1), {"use_bias": False}),
+    "3x3, stride 2": (fast.Conv2D, layers.Conv2D, (5, 3), {"strides": 2}),
+    "pooling": (fast.MaxPooling2D, layers.MaxPooling2D, (3,), {"strides": 2}),
+    "gelu": (fast.Activation, layers.Activation, ("gelu",), {}),
+}
+
+
+def output_and_gradients(layer, x, upstream):
+    """Return the output, and the gradients of its product with `upstream` by input and weights."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        given = tf.Variable(x)
+        with tf.GradientTape() as tape:
+            y = layer(given)
+            total = tf.reduce_sum(y * upstream)
+        return [y, *tape.gradient(total, [given, *(v.value for v in layer.weights)])]
+    if backend == "torch":
+        import torch
+
+        given = torch.tensor(x, requires_grad=True)
+        y = layer(given)
+        total = (y * torch.tensor(upstream)).sum()
+        return [y, *torch.autograd.grad(total, [given, *(v.value for v in layer.weights)])]
+    import jax
+
+    def total(x, weights):
+        y, _ = layer.stateless_call(weights, [], x)
+        return (y * upstream).sum(), y
+
+    weights = [v.value for v in layer.weights]
+    (_, y), found = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(x, weights)
+    return [y, found[0], *found[1]]
+
+
+@pytest.mark.parametrize("size", [(9, 12), (3, 4)])
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_fast_way_gives_the_same(name, size):
+    faster, plain, given, options = PAIRS[name]
+    x = RNG.normal(size=(2, *size, 6)).astype("float32")
+    pair = [kind(*given, **options) for kind in (faster, plain)]
+    for layer in pair:
+        layer.build(x.shape)
+    for ours, keras_own in zip(pair[0].weights, pair[1].weights, strict=True):
+        values = RNG.normal(size=ours.shape)
+        ours.assign(values)
+        keras_own.assign(values)
+    upstream = RNG.normal(size=pair[1].compute_output_shape(x.shape)).astype("float32")
+    found, wanted = (
+        [to_numpy(value) for value in output_and_gradients(layer, x, upstream)] for layer in pair
+    )
+    for a, b in zip(found, wanted, strict=True):
+        assert np.abs(b).max() > 0
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=1e-5)
+
+
+class Added(layers.Layer):
+    """A bias for windows of two heads and four tokens, added in a given way."""
+
+    def __init__(self, add):
+        super().__init__()
+        self.add = add
+
+    def build(self, shape):
+        self.bias = self.add_weight(name="bias", shape=shape[2:])
+
+    def call(self, x):
+        return self.add(x, self.bias)
+
+
+def test_a_bias_added_to_each_map_gets_the_sum_of_their_gradients():
+    x, upstream = RNG.normal(size=(2, 2, 3, 2, 4, 4)).astype("float32")
+    found, wanted = [], []
+    for values, add in ((found, fast.add_to_each), (wanted, lambda x, bias: x + bias)):
+        layer = Added(add)
+        layer.build(x.shape)
+        layer.bias.assign(np.arange(32).reshape(2, 4, 4) / 10)
+        values += [to_numpy(value) for value in output_and_gradients(layer, x, upstream)]
+    np.testing.assert_allclose(found[2], upstream.sum((0, 1)), atol=1e-5)
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_keeps_keras_gelu(dtype):
+    x = keras.ops.convert_to_tensor(np.linspace(-4, 4, 33), dtype)
+    ours, keras_own = (
+        kind("gelu", dtype=dtype)(x) for kind in (fast.Activation, layers.Activation)
+    )
+    ours, keras_own = (to_numpy(keras.ops.cast(y, "float32")) for y in (ours, keras_own))
+    np.testing.assert_array_equal(ours, keras_own)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="shows which way is taken on JAX")
+def test_on_the_cpu_xla_is_given_no_depthwise_convolution():
+    import jax
+
+    layer = fast.DepthwiseConv2D(3, use_bias=False)
+    layer.build((1, 8, 8, 4))
+    weights = [v.value for v in layer.weights]
+    step = jax.grad(lambda w, x: layer.stateless_call(w, [], x)[0].sum())
+    text = str(jax.make_jaxpr(step)(weights, np.zeros((1, 8, 8, 4), "float32")))
+    assert fast.without_accelerator("jax") == ("conv_general_dilated" not in text)
