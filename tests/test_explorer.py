@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from browser import Browser, needs_browser, wait_for
+from browser import NAMES, Browser, executable, wait_for
 from PIL import Image
 
 from gcvit import PRESETS, GCViT, explain, explorer
@@ -201,6 +201,10 @@ def test_picture_shows_what_was_exported(data):
 
 
 # In a browser.
+
+needs_browser = pytest.mark.skipif(
+    executable() is None, reason=f"there is none of {', '.join(NAMES)} to look at a page with"
+)
 
 READ = """
 (() => {

@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests that need one, driven over its debugging pipe."""
+"""A headless Chromium to look at pages with, driven over its debugging pipe."""
 
 import base64
 import json
@@ -10,8 +10,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
@@ -33,11 +31,6 @@ KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab"
 def executable():
     """Return the path of a Chromium or Chrome, or `None`."""
     return next(filter(None, map(shutil.which, NAMES)), None)
-
-
-needs_browser = pytest.mark.skipif(
-    executable() is None, reason=f"there is none of {', '.join(NAMES)} to look at a page with"
-)
 
 
 class Browser:

@@ -1,0 +1,85 @@
+"""Look for what keeps readers out of the built pages, with axe, in a headless Chromium.
+
+    python tools/accessibility.py [PAGE ...]
+
+Each page is opened wide and narrow, in light and in dark. Findings that axe calls serious or
+critical end in exit code 1. axe-core comes from the npm registry; its version is below.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from browser import Browser
+
+ROOT = Path(__file__).resolve().parent.parent
+AXE = "axe-core@4.14.1"
+WIDTHS = {"wide": 1400, "narrow": 390}
+SCHEMES = ("light", "dark")
+GRAVE = ("serious", "critical")
+RUN = """
+document.documentElement.dataset.mode = document.documentElement.dataset.theme = SCHEME,
+new Promise(done => setTimeout(done, 300)).then(() =>
+  axe.run(document, {resultTypes: ['violations']})
+).then(found => found.violations.map(one => ({
+  id: one.id, impact: one.impact, help: one.help,
+  places: one.nodes.map(node => [node.target.join(' '), node.failureSummary, node.html]),
+})))
+"""
+
+
+def axe():
+    """Return axe-core's script."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            ["npm", "pack", "--silent", AXE], cwd=folder, check=True, stdout=subprocess.DEVNULL
+        )
+        (archive,) = Path(folder).glob("*.tgz")
+        with tarfile.open(archive) as packed:
+            return packed.extractfile("package/axe.min.js").read().decode()
+
+
+def findings(browser, script, page, width, scheme):
+    """Return axe's findings on a page at a width, in light or in dark."""
+    browser.open(page, width=width, dark=scheme == "dark")
+    browser.evaluate(f"{script}; 0")
+    return browser.evaluate(RUN.replace("SCHEME", json.dumps(scheme)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pages", nargs="*", type=Path, help="default: all of the built book")
+    pages = parser.parse_args().pages or sorted((ROOT / "_build" / "html").glob("*.html"))
+    if not pages:
+        parser.error("there is no book yet: run make book first")
+    script, grave, rest = axe(), 0, 0
+    with Browser() as browser:
+        for page in pages:
+            seen = {}
+            for width_name, width in WIDTHS.items():
+                for scheme in SCHEMES:
+                    for one in findings(browser, script, page, width, scheme):
+                        key = one["impact"], one["id"], one["help"]
+                        for place, why, html in one["places"]:
+                            where = seen.setdefault(key, {}).setdefault(place, (why, html, []))
+                            where[2].append(f"{width_name} {scheme}")
+            for (impact, name, says), places in sorted(seen.items()):
+                grave += (impact in GRAVE) * len(places)
+                rest += (impact not in GRAVE) * len(places)
+                print(f"{page.name}: {impact}: {name}: {says}")
+                for place, (why, html, when) in places.items():
+                    print(f"    {place} ({', '.join(when)})\n        {html[:150]}")
+                    print("        " + why.splitlines()[-1].strip())
+    print(
+        f"{len(pages)} pages, {len(WIDTHS)} widths, {' and '.join(SCHEMES)}: {grave} places with "
+        f"serious or critical findings, {rest} with lesser ones"
+    )
+    return 1 if grave else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
