@@ -299,6 +299,14 @@ def process_memory(field):
     return int(line.split()[1]) * 1024
 
 
+def machine_busy():
+    """Return the processor seconds that all programs have used since the start; 0 if unknown."""
+    if not Path("/proc/stat").exists():
+        return 0.0
+    user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
 def accelerator(library):
     """Return the name of the device that a library computes on, or None for a CPU."""
     if library == "jax":
@@ -319,6 +327,8 @@ def accelerator(library):
 def work(case, contestant, answer):
     """Prepare a contestant, then do what is asked on stdin: "repeat", or "end"."""
     library, mode = contestant.split()
+    if hasattr(os, "sched_setaffinity"):  # before the libraries count the cores
+        os.sched_setaffinity(0, range(case["cores"]))
     if library in ("timm", "torch"):
         import torch  # noqa: F401 - after TensorFlow, PyTorch's triton crashes
     began = time.perf_counter()
@@ -326,7 +336,6 @@ def work(case, contestant, answer):
     prepared = time.perf_counter()
     call()
     first = time.perf_counter() - prepared
-    call()
     again = time.perf_counter()
     call()
     seconds = time.perf_counter() - again
@@ -345,10 +354,16 @@ def work(case, contestant, answer):
             break
         if calls > 1:
             call()  # what the others have put out of the caches comes back
-        began = time.perf_counter()
+        began, busy, own = time.perf_counter(), machine_busy(), time.process_time()
         for _ in range(calls):
             call()
-        answer(seconds=(time.perf_counter() - began) / calls)
+        took, busy, own = (
+            time.perf_counter() - began,
+            machine_busy() - busy,
+            time.process_time() - own,
+        )
+        others = max(0.0, busy - own) / took / os.cpu_count()
+        answer(seconds=took / calls, cpu_seconds=own / calls, others=others)
     answer(peak_bytes=memory.peak())
 
 
@@ -370,7 +385,7 @@ class Contestant:
                 "TF_CPP_MIN_LOG_LEVEL": "3",
             },
         )
-        self.seconds = []
+        self.repetitions = []
         self.found = self.hear()
 
     def ask(self, what):
@@ -410,7 +425,7 @@ def measure(case, names, repetitions, seconds):
             break
         for contestant in list(taking_part):
             try:
-                contestant.seconds.append(contestant.ask("repeat")["seconds"])
+                contestant.repetitions.append(contestant.ask("repeat"))
             except RuntimeError as error:
                 records.append({**case, "contestant": contestant.name, "error": str(error)})
                 taking_part.remove(contestant)
@@ -424,20 +439,31 @@ def record(case, contestant):
     """Return a contestant's numbers: medians and quartiles of the seconds of a batch."""
     found = contestant.found
     batches = found["images_a_call"] / case["batch"]
-    seconds = [value / batches for value in contestant.seconds]
-    quartiles = statistics.quantiles(seconds, n=4, method="inclusive")
+
+    def of_a_batch(field):
+        values = [answer[field] / batches for answer in contestant.repetitions]
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return median, [low, high]
+
+    median, quartiles = of_a_batch("seconds")
+    cpu_median, cpu_quartiles = of_a_batch("cpu_seconds")
     return {
         **case,
         "contestant": contestant.name,
-        "repetitions": len(seconds),
+        "repetitions": len(contestant.repetitions),
         "calls_a_repetition": found["calls_a_repetition"],
         "batches_a_call": batches,
-        "median_s": quartiles[1],
-        "quartiles_s": [quartiles[0], quartiles[2]],
-        "images_per_s": case["batch"] / quartiles[1],
+        "median_s": median,
+        "quartiles_s": quartiles,
+        # Processor seconds of all threads: what others take of the machine is not in them.
+        "cpu_median_s": cpu_median,
+        "cpu_quartiles_s": cpu_quartiles,
+        "images_per_s": case["batch"] / median,
+        # The share of the processors that other programs took meanwhile.
+        "others_share": statistics.median(a["others"] for a in contestant.repetitions),
         "first_call_s": found["first_call_s"],
         # What the first call took beyond a usual one: tracing and compiling.
-        "compile_s": max(0.0, found["first_call_s"] - quartiles[1] * batches),
+        "compile_s": max(0.0, found["first_call_s"] - median * batches),
         "peak_bytes": found["peak_bytes"],
         "accelerator": found["accelerator"],
     }
@@ -447,7 +473,7 @@ def with_ratios(records):
     """Add to each record how many times as fast as timm eager it was in the same case."""
     done = []
     for record in records:
-        record = {key: value for key, value in record.items() if key != "times_timm_eager"}
+        record = {key: value for key, value in record.items() if not key.startswith("times_")}
         twin = next(
             (
                 other
@@ -460,11 +486,12 @@ def with_ratios(records):
         )
         if twin and "error" not in record:
             record["times_timm_eager"] = twin["median_s"] / record["median_s"]
+            record["times_timm_eager_cpu"] = twin["cpu_median_s"] / record["cpu_median_s"]
         done.append(record)
     return done
 
 
-CASE = ("task", "preset", "precision", "windows", "batch", "size")
+CASE = ("task", "preset", "precision", "windows", "batch", "size", "cores")
 
 
 def case_of(record):
@@ -476,7 +503,7 @@ def title(case):
     windows = "" if case["windows"] == "scaled" else ", the preset's windows kept"
     return (
         f"{task}, {case['preset']}, {case['precision']}, batch {case['batch']}, "
-        f"{case['size']} px{windows}"
+        f"{case['size']} px{windows}, {case['cores']} core{'s' * (case['cores'] > 1)}"
     )
 
 
@@ -489,27 +516,38 @@ def tables(results):
         + ". Seconds are those of a batch: the median, and the quartiles in brackets. Compile "
         "time is what the first call took beyond a usual one. Peak memory is "
         + ("the accelerator's." if results["accelerator"] else "the process's, libraries included.")
+        + " Times timm: how many times as fast as timm, run eagerly, by the clock and by the "
+        "processor seconds of all threads. Others: the share of the processors that other "
+        "programs took meanwhile; where it is not small, the clock says little."
     ]
     for _, group in itertools.groupby(results["records"], key=case_of):
         group = list(group)
         lines += ["", f"**{title(group[0])[0].upper()}{title(group[0])[1:]}**", ""]
         lines += [
-            "| | ms a batch | images/s | times timm eager | compile s | peak MB |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| | ms a batch | images/s | times timm | processor ms | times timm | compile s "
+            "| peak MB | others |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for record in group:
             if "error" in record:
-                lines.append(f"| {record['contestant']} | failed: {record['error']} | | | | |")
+                lines.append(
+                    f"| {record['contestant']} | failed: {record['error']} | | | | | | | |"
+                )
                 continue
             low, high = (1000 * value for value in record["quartiles_s"])
+            cpu_low, cpu_high = (1000 * value for value in record["cpu_quartiles_s"])
             peak, ratio = record["peak_bytes"], record.get("times_timm_eager")
+            cpu_ratio = record.get("times_timm_eager_cpu")
             cells = [
                 record["contestant"],
                 f"{1000 * record['median_s']:.1f} ({low:.1f} to {high:.1f})",
                 f"{record['images_per_s']:.1f}",
                 f"{ratio:.2f}" if ratio else "",
+                f"{1000 * record['cpu_median_s']:.1f} ({cpu_low:.1f} to {cpu_high:.1f})",
+                f"{cpu_ratio:.2f}" if cpu_ratio else "",
                 f"{record['compile_s']:.1f}",
                 f"{peak / 2**20:.0f}" if peak else "",
+                f"{record['others_share']:.0%}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -549,6 +587,9 @@ def parse(arguments=None):
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 448], help="pixels a side")
     parser.add_argument("--windows", choices=["scaled", "kept"], default="scaled",
                         help="scaled with the image, as in timm, or the preset's kept")  # fmt: skip
+    parser.add_argument("--cores", type=int, default=os.cpu_count(),
+                        help="of the processor to use; default: all. Where other work cannot be "
+                        "kept away, 1, and compare processor seconds")  # fmt: skip
     parser.add_argument("--contestants", nargs="+", default=["*"], metavar="PATTERN",
                         help='such as "jax *" "timm eager"; default: all installed')  # fmt: skip
     parser.add_argument("--without", nargs="+", default=[], metavar="PATTERN")
@@ -595,7 +636,7 @@ def main():
         arguments.batches,
         arguments.sizes,
     ):
-        values = (task, preset, precision, arguments.windows, batch, size)
+        values = (task, preset, precision, arguments.windows, batch, size, arguments.cores)
         case = dict(zip(CASE, values, strict=True))
         others = [r for r in results["records"] if case_of(r) != case]
         if len(others) < len(results["records"]) and not arguments.again:
@@ -623,6 +664,8 @@ def main():
                     f"  {found['contestant']:28s} {1000 * found['median_s']:8.1f} ms "
                     f"{found['images_per_s']:7.1f} images/s "
                     f"{found.get('times_timm_eager', float('nan')):5.2f} x timm eager"
+                    f"  cpu {1000 * found['cpu_median_s']:8.1f} ms "
+                    f"{found.get('times_timm_eager_cpu', float('nan')):5.2f} x"
                     f"  {(found['peak_bytes'] or 0) / 2**20:6.0f} MB",
                     flush=True,
                 )

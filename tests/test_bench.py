@@ -1,0 +1,70 @@
+"""The harness with contestants that measure nothing."""
+
+import json
+import sys
+
+import bench
+import pytest
+
+CASE = {"task": "forward", "preset": "p", "precision": "float32", "windows": "scaled"}
+CASE |= {"batch": 2, "size": 64, "cores": 1}
+
+
+def answers(seconds, ends_after=99):
+    """Return a program that answers as a contestant's process does, `ends_after` times."""
+    return f"""
+import json, sys
+print(json.dumps(dict(images_a_call=4, calls_a_repetition=1, first_call_s=9.0, accelerator=None)))
+sys.stdout.flush()
+for n, line in enumerate(sys.stdin):
+    if n == {ends_after}:
+        raise MemoryError("no room")
+    end = line.strip() == "end"
+    found = dict(peak_bytes=2**20) if end else dict(
+        seconds={seconds}, cpu_seconds={2 * seconds}, others=0.5)
+    print(json.dumps(found), flush=True)
+    if end:
+        break
+"""
+
+
+@pytest.fixture
+def records(monkeypatch):
+    programs = {"timm eager": answers(3.0), "jax jit": answers(1.5), "torch eager": answers(1, 1)}
+    started = bench.subprocess.Popen
+
+    def popen(command, **options):
+        name = json.loads(command[-1])[1]
+        return started([sys.executable, "-c", programs[name]], **options)
+
+    monkeypatch.setattr(bench.subprocess, "Popen", popen)
+    return bench.with_ratios(bench.measure(CASE, list(programs), repetitions=3, seconds=9))
+
+
+def test_each_contestant_is_measured_and_one_that_fails_is_told(records):
+    by_name = {record["contestant"]: record for record in records}
+    ours = by_name["jax jit"]
+    assert ours["median_s"] == 0.75 and ours["images_per_s"] == 2 / 0.75  # a call: two batches
+    assert ours["cpu_median_s"] == 1.5 and ours["compile_s"] == 7.5 and ours["repetitions"] == 3
+    assert ours["times_timm_eager"] == 2 and by_name["timm eager"]["times_timm_eager"] == 1
+    assert by_name["torch eager"]["error"] == "MemoryError: no room"
+
+
+def test_the_table_has_a_row_for_each(records):
+    about = {"hardware": "h", "accelerator": None, "date": "d", "command": "c", "versions": {}}
+    rows = bench.tables({**about, "records": records}).splitlines()
+    assert any(row.startswith("| jax jit | 750.0 (750.0 to 750.0) | 2.7 | 2.00 |") for row in rows)
+    assert any("failed: MemoryError: no room" in row for row in rows)
+
+
+def test_ratios_are_taken_within_a_case():
+    other = {**CASE, "batch": 1}
+    numbers = {"median_s": 1.0, "cpu_median_s": 1.0}
+    lone = {**other, "contestant": "jax jit", **numbers}
+    timm = {**CASE, "contestant": "timm eager", **numbers}
+    assert "times_timm_eager" not in bench.with_ratios([lone, timm])[0]
+
+
+def test_contestants_are_chosen_by_pattern():
+    arguments = bench.parse(["--contestants", "jax *", "timm eager", "--without", "* eager"])
+    assert bench.chosen(["jax jit", "jax eager", "timm eager"], arguments) == ["jax jit"]
