@@ -123,7 +123,7 @@ class Switched(GCViT):
                 "late",
                 block.attn,
                 "relative_position_bias",
-                closed=lambda _, bias=bias: bias() + wall,
+                closed=lambda _, bias=bias: ops.add(bias(), wall),
             )
 
     def _lead(self, name, layer, method, opened=None, closed=None):
@@ -164,7 +164,7 @@ def paint(backgrounds, colors):
 
 
 def noise(count, rng):
-    """Return backgrounds, (count, height, width, 3), even between -0.2 and 0.2."""
+    """Return backgrounds, (count, height, width, 3), uniform between -0.2 and 0.2."""
     return rng.uniform(-0.2, 0.2, (count, SIDE, SIDE, 3)).astype("float32")
 
 
@@ -189,7 +189,7 @@ class Design:
     """What every run has in common: Adam, a rate that rises and falls, fresh images.
 
     Attributes:
-        steps: training steps; default 150.
+        steps: training steps; default 120.
         batch: images in a step; default 32.
         rate: highest learning rate; default 0.004.
         warmup: steps from 0 to that rate; default 20.
@@ -197,7 +197,7 @@ class Design:
         backgrounds: backgrounds of the test set; default 128.
     """
 
-    steps: int = 150
+    steps: int = 120
     batch: int = 32
     rate: float = 4e-3
     warmup: int = 20

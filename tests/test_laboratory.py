@@ -157,7 +157,7 @@ def test_the_label_cannot_be_told_from_one_stripe():
 
 def test_a_run_can_be_run_again():
     keras.utils.set_random_seed(5)
-    design = laboratory.Design(steps=2, batch=2, warmup=1, every=1, backgrounds=1)
+    design = laboratory.Design(steps=2, batch=1, warmup=1, every=1, backgrounds=1)
     bench = laboratory.Bench(design, window_size=(2,), depths=(2,), num_heads=(2,), embed_dim=8)
     bench.model.run_eagerly = True  # tracing takes longer than a few steps
     first = bench.train(0)
@@ -168,7 +168,6 @@ def test_a_run_can_be_run_again():
     np.testing.assert_allclose(
         (again.accuracy, again.bits), (first.accuracy, first.bits), atol=1e-3
     )
-    assert bench.train(0, ways=()).curve != first.curve
 
 
 def test_what_the_runs_say():
