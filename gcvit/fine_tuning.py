@@ -813,7 +813,7 @@ class Plan:
     """What a run of the chapter consists of.
 
     Attributes:
-        name: "quick" or "full".
+        name: "quick", "full" or "brief".
         preset: the model, a name in `gcvit.PRESETS`.
         weights: its weights, as `GCViT.from_preset` takes them.
         image_size: side of the images in pixels.
@@ -853,12 +853,24 @@ def precision():
     return {"gpu": "mixed_float16", "tpu": "mixed_bfloat16", None: "float32"}[accelerator()]
 
 
+def run_setting():
+    """Return what the environment variable `GCVIT_RUN` holds; "auto" where nothing is set.
+
+    Raises:
+        ValueError: if it is none of "auto", "quick", "full" and "brief".
+    """
+    setting = os.environ.get("GCVIT_RUN") or "auto"
+    if setting not in ("auto", "quick", "full", "brief"):
+        raise ValueError(f"GCVIT_RUN must be auto, quick, full or brief; got {setting!r}.")
+    return setting
+
+
 def run_plan(photos):
     """Return the `Plan` that the environment variable `GCVIT_RUN` asks for.
 
     "full" trains on all photographs by the original recipe; "quick" takes about a minute
     on two CPU cores; "auto", which stands where nothing is set, is full on an accelerator
-    and quick on a CPU.
+    and quick on a CPU. "brief" is quick with a single epoch, for tests.
 
     Args:
         photos: `Photographs` to be trained on.
@@ -866,14 +878,13 @@ def run_plan(photos):
     Raises:
         ValueError: if `GCVIT_RUN` holds something else.
     """
-    setting = os.environ.get("GCVIT_RUN") or "auto"
-    if setting not in ("auto", "quick", "full"):
-        raise ValueError(f"GCVIT_RUN must be auto, quick or full; got {setting!r}.")
+    setting = run_setting()
     device, imagenet = accelerator(), imagenet_weights()
     full = setting == "full" or (setting == "auto" and device is not None)
+    name = "full" if full else "quick" if setting == "auto" else setting
     notes = [
         f"GCVIT_RUN is {setting}, and there is {'a ' + device if device else 'no accelerator'}: "
-        f"this is the {'full' if full else 'quick'} run."
+        f"this is the {name} run."
     ]
     if imagenet:
         model = {"preset": "gcvit_xxtiny", "weights": "imagenet", "image_size": 224}
@@ -896,6 +907,8 @@ def run_plan(photos):
         sizes = {"train_size": 128, "validation_size": 64, "epochs": 3, "batch_size": 16}
     else:
         sizes = {"train_size": 256, "validation_size": 128, "epochs": 3, "batch_size": 32}
+    if name == "brief":
+        sizes["epochs"] = 1
     used = photos.take(sizes["train_size"], sizes["validation_size"])
     if used.train_size < photos.train_size or used.validation_size < photos.validation_size:
         notes.append(
@@ -905,7 +918,7 @@ def run_plan(photos):
         )
     recipe = "original" if full else "better"
     return Plan(
-        "full" if full else "quick",
+        name,
         **model,
         **sizes,
         dtype=precision(),

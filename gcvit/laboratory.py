@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 from keras import ops
-from scipy import stats  # scikit-image needs SciPy, so it is there
+from scipy import stats
 
 from gcvit.attention import WindowAttention
-from gcvit.fine_tuning import WarmupCosine
+from gcvit.fine_tuning import WarmupCosine, run_setting
 from gcvit.global_tokens import FeatureExtraction
 from gcvit.model import GCViT
 from gcvit.unit_blocks import SqueezeAndExcitation, run
@@ -203,6 +203,11 @@ class Design:
     warmup: int = 20
     every: int = 10
     backgrounds: int = 128
+
+
+def chosen_design():
+    """Return the chapter's `Design`, or one that settles nothing if `GCVIT_RUN` is "brief"."""
+    return Design(steps=20, warmup=5) if run_setting() == "brief" else Design()
 
 
 @dataclass(frozen=True)

@@ -521,7 +521,7 @@ def test_class_weights_make_classes_count_the_same():
 
 
 @pytest.mark.parametrize("device", [None, "gpu", "tpu"])
-@pytest.mark.parametrize("setting", [None, "auto", "quick", "full"])
+@pytest.mark.parametrize("setting", [None, "auto", "quick", "full", "brief"])
 @pytest.mark.parametrize("imagenet", [True, False])
 def test_the_plan_follows_the_setting(monkeypatch, setting, device, imagenet):
     monkeypatch.setattr(fine_tuning, "accelerator", lambda: device)
@@ -533,7 +533,8 @@ def test_the_plan_follows_the_setting(monkeypatch, setting, device, imagenet):
     photos = Photographs(nothing, nothing, CLASSES, 3303, 367, "", "tf_flowers")
     plan = fine_tuning.run_plan(photos)
     full = setting == "full" or (setting in (None, "auto") and device is not None)
-    assert plan.name == ("full" if full else "quick")
+    assert plan.name == ("full" if full else "brief" if setting == "brief" else "quick")
+    assert plan.name != "brief" or plan.epochs == 1
     assert (plan.preset, plan.weights, plan.image_size) == (
         ("gcvit_xxtiny", "imagenet", 224) if imagenet else ("gcvit_nano", "flowers", 128)
     )
@@ -551,7 +552,7 @@ def test_the_plan_follows_the_setting(monkeypatch, setting, device, imagenet):
 
 def test_an_unknown_setting_is_refused(monkeypatch):
     monkeypatch.setenv("GCVIT_RUN", "fast")
-    with pytest.raises(ValueError, match="auto, quick or full; got 'fast'"):
+    with pytest.raises(ValueError, match="auto, quick, full or brief; got 'fast'"):
         fine_tuning.run_plan(fine_tuning.embedded_photographs(per_class=4))
 
 
