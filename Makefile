@@ -65,6 +65,7 @@ lint: install ## Check format, style, the notebooks' tidiness and the workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check gcvit tests tools
 	$(BIN)/python tools/notebooks.py check
+	$(BIN)/python tools/glossary.py check
 	$(BIN)/zizmor --offline --quiet .github
 	@if command -v npx >/dev/null; then npx --yes --prefer-offline $(ACTIONLINT) '.github/workflows/*.yml'; \
 	else echo "Node.js is not installed: actionlint is not run here. CI runs it."; fi
