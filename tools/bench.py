@@ -22,6 +22,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -645,7 +646,7 @@ def main():
         names = chosen(contestants(task), arguments)
         new = measure(case, names, arguments.repetitions, arguments.seconds)
         results = {
-            "command": "python tools/bench.py",
+            "command": shlex.join(["python", "tools/bench.py", *sys.argv[1:]]),
             "date": datetime.date.today().isoformat(),
             "hardware": hardware(),
             "accelerator": next((r["accelerator"] for r in new if r.get("accelerator")), None),
