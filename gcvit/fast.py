@@ -2,6 +2,10 @@
 
 Each class is Keras's of the same name, with its weights and its checkpoint paths; only `call`
 differs, and only where that was measured to pay. Elsewhere it is Keras's own.
+
+Measured in float32 on one thread of a CPU, on 8 maps of 56 x 56 x 64: milliseconds given
+below are from there. Convolutions and pooling together took xxtiny's forward pass on JAX
+from 1.2 to 0.8 s for 8 images of 224 px, and its training step from 8.4 to 4.5 s.
 """
 
 import functools
@@ -42,8 +46,8 @@ def shifted(x, size, strides=(1, 1)):
 def with_kernel_gradient(convolve, of_an_image):
     """Give a convolution a gradient by its kernel that is computed image by image, on JAX.
 
-    XLA on the CPU computes that gradient as a convolution whose window is the whole map.
-    A training step of xxtiny spent more than half its time there.
+    XLA on the CPU computes that gradient as a convolution whose window is the whole map:
+    112 ms for a depthwise kernel, 12 this way; 46 and 16 for 3x3 with stride 2.
 
     Args:
         convolve: (images, kernel) to the maps.
@@ -77,7 +81,7 @@ def with_kernel_gradient(convolve, of_an_image):
 class DepthwiseConv2D(layers.DepthwiseConv2D):
     """Keras's layer, for a window of 3x3, stride 1, without padding and bias.
 
-    On JAX on the CPU, the sum of nine shifted maps, each times its weights.
+    On JAX on the CPU, the sum of nine shifted maps, each times its weights: 2 ms for 62.
     """
 
     def call(self, x):
@@ -100,7 +104,8 @@ class Conv2D(layers.Conv2D):
     """Keras's layer, for a window of 1x1, or of 3x3 without padding.
 
     On JAX on the CPU, a window of 1x1 is a matrix product, and the gradient by a kernel of
-    3x3 is one of the shifted maps, side by side, and the upstream gradient.
+    3x3 is one of the shifted maps, side by side, and the upstream gradient. The matrix
+    product takes 3 ms for 4, and its gradients 11 for 29.
     """
 
     def call(self, x):
@@ -124,8 +129,8 @@ class Conv2D(layers.Conv2D):
 class MaxPooling2D(layers.MaxPooling2D):
     """Keras's layer, for a window of 3x3, stride 2, without padding.
 
-    On JAX on the CPU, the largest of three shifted maps down, then to the right. The
-    gradient of XLA's own pooling takes ten times as long.
+    On JAX on the CPU, the largest of three shifted maps down, then to the right. Its
+    gradient takes 5 ms for the 50 of XLA's own pooling.
     """
 
     def call(self, x):
@@ -142,7 +147,7 @@ class Activation(layers.Activation):
     """Keras's layer, with a faster exact GELU in float32 on TensorFlow and JAX on the CPU.
 
     Keras writes GELU with erfc, which keeps digits of values near zero that float32 has
-    no use for here; erf takes half as long on TensorFlow, a third on JAX.
+    no use for here. With erf, 192 channels take 9 ms for 18 on TensorFlow, 3 for 8 on JAX.
     """
 
     def call(self, x):
@@ -156,7 +161,7 @@ def add_to_each(maps, bias):
     """Return `maps + bias`: to each of (..., a, b, c) one and the same (a, b, c).
 
     On JAX on the CPU, the gradient by the bias, a sum over all maps, is a product with a
-    row of ones: XLA's own sum takes up to seventy times as long.
+    row of ones: for 8 images' (8, 196, 196) it takes 0.4 ms, XLA's own sum 26 to 30.
     """
     if not without_accelerator("jax") or isinstance(maps, keras.KerasTensor):
         return maps + bias
