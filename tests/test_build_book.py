@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from build_book import chapter_states
 from dependencies import ALL, code_of, dependencies, package_modules
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +24,10 @@ PACKAGE = {
         "def every():\n    return vars(shapes)\n"
     ),
 }
+
+
+def test_what_every_chapter_depends_on_can_be_told():
+    assert len(set(chapter_states().values())) == len(list((ROOT / "book").glob("*.ipynb")))
 
 
 @pytest.fixture

@@ -174,6 +174,9 @@ def test_help_names_every_argument(command, capsys):
 
 
 INTERRUPT = """
+# A shell's background job begins with Ctrl-C ignored, and its children with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 class Interrupt(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         if epoch == 1:

@@ -40,12 +40,16 @@ def chapter_states():
     modules, exports = package_modules(PACKAGE)
     states = {}
     for path in sorted(BOOK.glob("*.ipynb")):
-        found = dependencies(code_of(path), modules, exports)
+        code = code_of(path)
+        found = dependencies(code, modules, exports)
         digest = hashlib.sha256(repr([os.environ.get(name) for name in SETTINGS]).encode())
         digest.update(repr(sorted(found.items())).encode())
         files = [ROOT / "requirements-lock.txt"]
         if any(module == "weights" for module, _ in found):
             files += sorted((PACKAGE / "checkpoints").glob("*"))
+        files += [
+            file for file in sorted((PACKAGE / "results").glob("*.json")) if file.name in code
+        ]
         for file in files:
             digest.update(file.read_bytes())
         states[path.name] = digest.hexdigest()
