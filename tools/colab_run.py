@@ -69,7 +69,9 @@ def colab_module(folder):
     """Write a `google.colab` that can be imported; return the folder it is in."""
     path = folder / "colab"
     (path / "google" / "colab").mkdir(parents=True)
-    (path / "google" / "colab" / "__init__.py").write_text("")
+    # JAX imports google.colab.output where it finds itself in Colab.
+    for name in ("__init__", "output"):
+        (path / "google" / "colab" / f"{name}.py").write_text("")
     return path
 
 
