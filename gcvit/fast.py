@@ -14,18 +14,26 @@ import keras
 from keras import layers, ops
 
 
-@functools.cache
-def without_accelerator(backend):
-    """Tell whether Keras runs on `backend`, "tensorflow" or "jax", and that on the CPU."""
-    if keras.backend.backend() != backend:
-        return False
+def device_kinds():
+    """Return the kinds of devices that Keras's backend computes on, such as {"cpu", "gpu"}."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return {device.device_type.lower() for device in tf.config.list_physical_devices()}
     if backend == "jax":
         import jax
 
-        return jax.default_backend() == "cpu"
-    import tensorflow as tf
+        return {jax.default_backend()}
+    import torch
 
-    return {device.device_type for device in tf.config.list_physical_devices()} == {"CPU"}
+    return {"gpu" if torch.cuda.is_available() else "cpu"}
+
+
+@functools.cache
+def without_accelerator(backend):
+    """Tell whether Keras runs on `backend`, "tensorflow" or "jax", and that on the CPU."""
+    return keras.backend.backend() == backend and device_kinds() == {"cpu"}
 
 
 def shifted(x, size, strides=(1, 1)):

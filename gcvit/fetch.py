@@ -52,14 +52,15 @@ def fetch(url, size=None, sha256=None, name=None, folder="models", timeout=TIMEO
         FetchError: if it cannot be had, or is not what was expected.
     """
     name = name or url.rsplit("/", 1)[-1]
-    for place in cache_folders(folder):
+    places = cache_folders(folder)
+    for place in places:
         path = place / name
         if path.is_file() and (size is None or path.stat().st_size == size):
             return path
     unfinished = None
     try:
         with urllib.request.urlopen(url, timeout=timeout) as answer:
-            path, out = _begin(cache_folders(folder), name)
+            path, out = _begin(places, name)
             unfinished = Path(out.name)
             with out:
                 digest = _copy(answer, out, url, size)

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from gcvit.checks import pair
+from gcvit.fast import device_kinds
 from gcvit.fetch import FetchError, fetch
 from gcvit.model import GCViT
 from gcvit.presets import PRESETS
@@ -786,17 +787,7 @@ def verbosity():
 
 def accelerator():
     """Return "gpu" or "tpu" where Keras's backend computes on one, else `None`."""
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        kinds = {device.device_type.lower() for device in tf.config.list_physical_devices()}
-    elif backend == "jax":
-        import jax
-
-        kinds = {jax.default_backend()}
-    else:
-        import torch
-
-        kinds = {"gpu"} if torch.cuda.is_available() else set()
+    kinds = device_kinds()
     return "tpu" if "tpu" in kinds else "gpu" if "gpu" in kinds else None
 
 

@@ -1,7 +1,10 @@
 """What several test files share: the fixtures' model and the numbers it must give."""
 
+import contextlib
+import http.server
 import json
 import os
+import threading
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -22,6 +25,17 @@ SMALL = {
     "mlp_ratio": 3.0,
     "num_classes": 10,
 }
+
+
+@contextlib.contextmanager
+def serving(handler):
+    """Run a local HTTP server while a block lasts."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 def to_numpy(x):

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import same_weights, weights_of
+from conftest import same_weights, serving, weights_of
 
 from gcvit import CheckpointError, FetchError, GCViT, load_checkpoint
 from gcvit import fetch as fetch_module
@@ -63,14 +63,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(fetch_module.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.over, server.both = [], threading.Event(), threading.Barrier(2)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    yield server
-    server.over.set()
-    server.shutdown()
-    server.server_close()
+    with serving(Handler) as server:
+        server.requests, server.over, server.both = [], threading.Event(), threading.Barrier(2)
+        yield server
+        server.over.set()
 
 
 def cached(place=0):

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import same_weights, to_numpy, weights_of
+from conftest import same_weights, serving, to_numpy, weights_of
 from PIL import Image
 from skimage import data
 
@@ -142,24 +141,21 @@ def test_flowers_are_fetched_within_limits_and_prepared(tmp_path, monkeypatch):
             member = tarfile.TarInfo(f"flower_photos/{CLASSES[i % 5]}/{i}.jpg")
             member.size = len(photo)
             archive.addfile(member, io.BytesIO(photo))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Flowers)
-    server.body = stream.getvalue()
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    known = {"size": len(server.body), "sha256": hashlib.sha256(server.body).hexdigest()}
+    body = stream.getvalue()
+    known = {"size": len(body), "sha256": hashlib.sha256(body).hexdigest()}
     registered = UrlInfo(size=known["size"], checksum=known["sha256"], filename="flower_photos.tgz")
     builder = tfds.builder_cls("tf_flowers")
     monkeypatch.setattr(builder, "url_infos", {fine_tuning.FLOWERS_URL: registered})
-    address = f"http://127.0.0.1:{server.server_port}/flower_photos.tgz"
-    monkeypatch.setattr(fine_tuning, "FLOWERS_URL", address)
     monkeypatch.setattr(fine_tuning, "FLOWERS_ARCHIVE", {**known, "size": 7})
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
-    with pytest.raises(FetchError, match="offers .* bytes; 7 were expected"):
-        fine_tuning.flowers(tmp_path)
-    monkeypatch.setattr(fine_tuning, "FLOWERS_ARCHIVE", known)
-    photos = fine_tuning.flowers(tmp_path)
+    with serving(_Flowers) as server:
+        server.body = body
+        monkeypatch.setattr(fine_tuning, "FLOWERS_URL", f"{server.url}/flower_photos.tgz")
+        with pytest.raises(FetchError, match="offers .* bytes; 7 were expected"):
+            fine_tuning.flowers(tmp_path)
+        monkeypatch.setattr(fine_tuning, "FLOWERS_ARCHIVE", known)
+        photos = fine_tuning.flowers(tmp_path)
     assert (photos.train_size, photos.validation_size) == (18, 2)
-    server.shutdown()
-    server.server_close()
     assert fine_tuning.flowers_are_here(tmp_path)
     assert len(list(fine_tuning.flowers(tmp_path).train)) == 18
 

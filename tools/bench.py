@@ -30,6 +30,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from results import processor, write
+
 RESULTS = Path(__file__).resolve().parent.parent / "gcvit" / "results" / "bench.json"
 PACKAGES = ("gcvit-book", "keras", "tensorflow", "jax", "torch", "timm", "numpy")
 FORWARD = ("predict", "predict_on_batch")
@@ -556,22 +558,13 @@ def tables(results):
 
 def hardware():
     """Return a few words about the machine's processor and memory."""
-    cpu = "unknown processor"
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), cpu)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return f"{os.cpu_count()} cores of {cpu}, {memory:.0f} GiB"
+    return f"{os.cpu_count()} cores of {processor()}, {memory:.0f} GiB"
 
 
 def save(results, path):
     """Write the results and the tables, each as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    texts = {path: json.dumps(results, indent=1) + "\n", path.with_suffix(".md"): tables(results)}
-    for target, text in texts.items():
-        unfinished = target.with_name(target.name + ".part")
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, target)
+    write({path: json.dumps(results, indent=1) + "\n", path.with_suffix(".md"): tables(results)})
 
 
 def parse(arguments=None):

@@ -13,17 +13,17 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import time
 from pathlib import Path
 
 import keras
 import numpy as np
-from scipy import stats
+from results import processor, write
 
 from gcvit import GCViT
 from gcvit.fine_tuning import RECIPES, Photographs, Plan, fit, flowers
+from gcvit.laboratory import interval
 
 RESULTS = Path(__file__).resolve().parent.parent / "gcvit" / "results" / "recipes.json"
 PEAKS = (1e-3, 3e-3)
@@ -46,11 +46,7 @@ class Clock(keras.callbacks.Callback):
 
 def hardware():
     """Return a sentence about the machine."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), cpu)
-    return f"{os.cpu_count()} cores of {cpu}, no accelerator, shared with other work"
+    return f"{os.cpu_count()} cores of {processor()}, no accelerator, shared with other work"
 
 
 def pilot_split(photos):
@@ -91,9 +87,12 @@ def train(photos, recipe, seed, plan, settings, work):
 
 def spread(values):
     """Return mean, standard deviation, and the 95 % interval of the mean by Student's t."""
-    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * deviation / len(values) ** 0.5
-    return {"mean": mean, "sd": deviation, "interval": [mean - half, mean + half]}
+    mean, half = interval(values)
+    return {
+        "mean": mean,
+        "sd": float(np.std(values, ddof=1)),
+        "interval": [mean - half, mean + half],
+    }
 
 
 def summary(runs):
@@ -151,14 +150,10 @@ def table(results):
 def save(results, path):
     """Write the results, and the table where there is enough for one, as a whole."""
     results["summary"] = summary(results["runs"])
-    path.parent.mkdir(parents=True, exist_ok=True)
     texts = {path: json.dumps(results, indent=1) + "\n"}
     if results["summary"]:
         texts[path.with_suffix(".md")] = table(results)
-    for target, text in texts.items():
-        unfinished = target.with_name(target.name + ".part")
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, target)
+    write(texts)
 
 
 def chosen_peak(pilot):

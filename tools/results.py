@@ -1,0 +1,23 @@
+"""What the tools share that record measurements under gcvit/results."""
+
+import os
+import platform
+from pathlib import Path
+
+
+def processor():
+    """Return the name of the machine's processor."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
+    return name
+
+
+def write(texts):
+    """Write {path: text}, each as a whole: a file that is there is kept until then."""
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".part")
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
