@@ -97,7 +97,7 @@ class WindowAttention(layers.Layer):
         self.head_dim = channels // self.num_heads
         self.scale = self.head_dim**-0.5 if self.qk_scale is None else self.qk_scale
         dtype = self.dtype_policy
-        self.qkv = layers.Dense(
+        self.qkv = fast.Dense(
             channels * self.qkv_size, use_bias=self.qkv_bias, dtype=dtype, name="qkv"
         )
         self.relative_position_bias_table = self.add_weight(
@@ -107,7 +107,7 @@ class WindowAttention(layers.Layer):
         )
         self.softmax = layers.Activation("softmax", dtype=dtype, name="softmax")
         self.attn_drop = layers.Dropout(self.attention_dropout, dtype=dtype, name="attn_drop")
-        self.proj = layers.Dense(channels, dtype=dtype, name="proj")
+        self.proj = fast.Dense(channels, dtype=dtype, name="proj")
         self.proj_drop = layers.Dropout(self.projection_dropout, dtype=dtype, name="proj_drop")
         self.qkv.build(x_shape)
         scores = (x_shape[0], self.num_heads, tokens, tokens)

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import layers
 
+from gcvit import fast
 from gcvit import weights as checkpoints
 from gcvit.checks import fraction, heads_divide, is_whole, pair, positive_whole
 from gcvit.level import Level
@@ -148,7 +149,7 @@ class GCViT(keras.Model):
         if include_top:
             # Probabilities of a thousand classes need more digits than half precision has.
             half = dtype.compute_dtype in ("float16", "bfloat16")
-            self.head = layers.Dense(
+            self.head = fast.Dense(
                 num_classes,
                 activation=head_activation,
                 dtype="float32" if half else dtype,

@@ -99,9 +99,9 @@ class SqueezeAndExcitation(layers.Layer):
         dtype = self.dtype_policy
         self.avg_pool = layers.GlobalAveragePooling2D(keepdims=True, dtype=dtype, name="avg_pool")
         self.fc = [
-            layers.Dense(hidden, use_bias=False, dtype=dtype, name="fc_0"),
+            fast.Dense(hidden, use_bias=False, dtype=dtype, name="fc_0"),
             fast.Activation("gelu", dtype=dtype, name="fc_1"),
-            layers.Dense(gates, use_bias=False, dtype=dtype, name="fc_2"),
+            fast.Dense(gates, use_bias=False, dtype=dtype, name="fc_2"),
             layers.Activation("sigmoid", dtype=dtype, name="fc_3"),
         ]
         self.avg_pool.build(input_shape)
@@ -220,10 +220,10 @@ class MLP(layers.Layer):
         channels = input_shape[-1]
         hidden = self.hidden_features or channels
         dtype = self.dtype_policy
-        self.fc1 = layers.Dense(hidden, dtype=dtype, name="fc1")
+        self.fc1 = fast.Dense(hidden, dtype=dtype, name="fc1")
         self.act = fast.Activation(self.activation, dtype=dtype, name="act")
         self.drop1 = layers.Dropout(self.dropout, dtype=dtype, name="drop1")
-        self.fc2 = layers.Dense(self.out_features or channels, dtype=dtype, name="fc2")
+        self.fc2 = fast.Dense(self.out_features or channels, dtype=dtype, name="fc2")
         self.drop2 = layers.Dropout(self.dropout, dtype=dtype, name="drop2")
         self.fc1.build(input_shape)
         for layer in (self.act, self.drop1, self.fc2):

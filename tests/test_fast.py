@@ -14,6 +14,8 @@ PAIRS = {
     "depthwise": (fast.DepthwiseConv2D, layers.DepthwiseConv2D, (3,), {"use_bias": False}),
     "1x1": (fast.Conv2D, layers.Conv2D, (5, 1), {"use_bias": False}),
     "3x3, stride 2": (fast.Conv2D, layers.Conv2D, (5, 3), {"strides": 2}),
+    "dense": (fast.Dense, layers.Dense, (5,), {"activation": "tanh"}),
+    "dense, no bias": (fast.Dense, layers.Dense, (5,), {"use_bias": False}),
     "pooling": (fast.MaxPooling2D, layers.MaxPooling2D, (3,), {"strides": 2}),
     "gelu": (fast.Activation, layers.Activation, ("gelu",), {}),
 }
