@@ -6,6 +6,7 @@ from keras import layers, ops
 
 from gcvit import fast
 from gcvit.checks import fraction, heads_divide, pair, positive_whole
+from gcvit.unit_blocks import dense
 
 
 def relative_position_index(window_size):
@@ -97,9 +98,7 @@ class WindowAttention(layers.Layer):
         self.head_dim = channels // self.num_heads
         self.scale = self.head_dim**-0.5 if self.qk_scale is None else self.qk_scale
         dtype = self.dtype_policy
-        self.qkv = fast.Dense(
-            channels * self.qkv_size, use_bias=self.qkv_bias, dtype=dtype, name="qkv"
-        )
+        self.qkv = dense(channels * self.qkv_size, use_bias=self.qkv_bias, dtype=dtype, name="qkv")
         self.relative_position_bias_table = self.add_weight(
             name="relative_position_bias_table",
             shape=((2 * height - 1) * (2 * width - 1), self.num_heads),
@@ -107,7 +106,7 @@ class WindowAttention(layers.Layer):
         )
         self.softmax = layers.Activation("softmax", dtype=dtype, name="softmax")
         self.attn_drop = layers.Dropout(self.attention_dropout, dtype=dtype, name="attn_drop")
-        self.proj = fast.Dense(channels, dtype=dtype, name="proj")
+        self.proj = dense(channels, dtype=dtype, name="proj")
         self.proj_drop = layers.Dropout(self.projection_dropout, dtype=dtype, name="proj_drop")
         self.qkv.build(x_shape)
         scores = (x_shape[0], self.num_heads, tokens, tokens)

@@ -6,6 +6,7 @@ import warnings
 import keras
 from keras import layers, ops
 
+from gcvit import fast
 from gcvit.attention import WindowAttention
 from gcvit.checks import feature_map_shape, fraction, heads_divide, pair
 from gcvit.unit_blocks import MLP
@@ -180,7 +181,7 @@ class Block(layers.Layer):
         self.activation = activation
         self.layer_scale = layer_scale
         dtype = self.dtype_policy
-        self.norm1 = layers.LayerNormalization(epsilon=1e-5, dtype=dtype, name="norm1")
+        self.norm1 = fast.LayerNormalization(epsilon=1e-5, dtype=dtype, name="norm1")
         self.attn = WindowAttention(
             window_size,
             num_heads,
@@ -193,7 +194,7 @@ class Block(layers.Layer):
             name="attn",
         )
         self.drop_path1 = drop_path(self.path_drop, dtype)
-        self.norm2 = layers.LayerNormalization(epsilon=1e-5, dtype=dtype, name="norm2")
+        self.norm2 = fast.LayerNormalization(epsilon=1e-5, dtype=dtype, name="norm2")
         self.drop_path2 = drop_path(self.path_drop, dtype)
 
     def build(self, x_shape, q_global_shape=None):

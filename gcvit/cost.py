@@ -210,7 +210,9 @@ def _finished(results):
 def peak_memory(function):
     """Return by how many bytes a call raises the process's memory at its highest.
 
-    What other threads of the process do in the meantime is in the number.
+    What other threads of the process do in the meantime is in the number. What a library keeps
+    in a pool of its own, to use it again, is not: TensorFlow does so on processors for which it
+    takes oneDNN, unless `TF_ENABLE_ONEDNN_OPTS` is 0 when it is imported.
 
     Args:
         function: takes nothing. Call it once beforehand if its first call compiles.

@@ -12,6 +12,7 @@ from gcvit.checks import fraction, heads_divide, is_whole, pair, positive_whole
 from gcvit.level import Level
 from gcvit.presets import PRESETS
 from gcvit.stem import PatchEmbed
+from gcvit.unit_blocks import dense
 
 SMALLEST_IMAGE = 32
 """Shortest side of an image in pixels: one token is left of it after the last level."""
@@ -143,13 +144,13 @@ class GCViT(keras.Model):
             )
             for i, depth in enumerate(depths)
         ]
-        self.norm = layers.LayerNormalization(epsilon=1e-5, dtype=dtype, name="norm")
+        self.norm = fast.LayerNormalization(epsilon=1e-5, dtype=dtype, name="norm")
         if pooling:
             self.pool = layers.GlobalAveragePooling2D(dtype=dtype, name="pool")
         if include_top:
             # Probabilities of a thousand classes need more digits than half precision has.
             half = dtype.compute_dtype in ("float16", "bfloat16")
-            self.head = fast.Dense(
+            self.head = dense(
                 num_classes,
                 activation=head_activation,
                 dtype="float32" if half else dtype,

@@ -3,9 +3,8 @@
 import keras
 from keras import layers
 
-from gcvit import fast
 from gcvit.checks import feature_map_shape, positive_whole
-from gcvit.unit_blocks import ReduceSize, halved, padded
+from gcvit.unit_blocks import ReduceSize, convolution, halved, padded
 
 
 @keras.saving.register_keras_serializable(package="gcvit")
@@ -31,7 +30,7 @@ class PatchEmbed(layers.Layer):
         self.embed_dim = positive_whole("embed_dim", embed_dim)
         dtype = self.dtype_policy
         self.pad = layers.ZeroPadding2D(1, dtype=dtype, name="pad")
-        self.proj = fast.Conv2D(embed_dim, 3, strides=2, dtype=dtype, name="proj")
+        self.proj = convolution(embed_dim, 3, strides=2, dtype=dtype, name="proj")
         self.conv_down = ReduceSize(keepdims=True, dtype=dtype, name="conv_down")
 
     def build(self, input_shape):

@@ -17,6 +17,7 @@ PAIRS = {
     "dense": (fast.Dense, layers.Dense, (5,), {"activation": "tanh"}),
     "dense, no bias": (fast.Dense, layers.Dense, (5,), {"use_bias": False}),
     "pooling": (fast.MaxPooling2D, layers.MaxPooling2D, (3,), {"strides": 2}),
+    "layer normalization": (fast.LayerNormalization, layers.LayerNormalization, (), {}),
     "gelu": (fast.Activation, layers.Activation, ("gelu",), {}),
 }
 

@@ -95,3 +95,25 @@ def test_config_round_trip(layer):
     twin = type(layer).from_config(layer.get_config())
     assert twin.get_config() == layer.get_config()
     assert keras.saving.get_registered_name(type(layer)) == f"gcvit>{type(layer).__name__}"
+
+
+def test_random_weights_start_as_in_the_official_code():
+    """Each convolution as PyTorch's own of that shape; each dense layer with deviation 0.02."""
+    torch = pytest.importorskip("torch")
+    down = ReduceSize(keepdims=True)
+    down.build((1, 8, 8, 64))
+    depthwise, _, _, pointwise = down.conv
+    for ours, official in (
+        (depthwise, torch.nn.Conv2d(64, 64, 3, groups=64)),
+        (pointwise, torch.nn.Conv2d(64, 64, 1)),
+        (down.reduction, torch.nn.Conv2d(64, 64, 3)),
+    ):
+        found, wanted = to_numpy(ours.kernel), official.weight.detach().cpu().numpy()
+        np.testing.assert_allclose(found.std(), wanted.std(), rtol=0.1)
+        np.testing.assert_allclose(np.abs(found).max(), np.abs(wanted).max(), rtol=0.02)
+    mlp = MLP(192)
+    mlp.build((1, 4, 64))
+    for layer in (mlp.fc1, mlp.fc2):
+        kernel = to_numpy(layer.kernel)
+        np.testing.assert_allclose([kernel.mean(), kernel.std()], [0, 0.02], atol=1e-3)
+        assert not to_numpy(layer.bias).any()
