@@ -210,7 +210,8 @@ def main():
             parser.error(f"{arguments.out} holds results of other settings; move it away first.")
     packages = ("keras", "tensorflow", "numpy")
     results |= {
-        "command": "python tools/compare_recipes.py --seeds "
+        "command": f"python tools/compare_recipes.py --preset {arguments.preset} "
+        f"--image-size {arguments.image_size} --epochs {arguments.epochs} --seeds "
         + " ".join(map(str, sorted({*arguments.seeds, *(run["seed"] for run in results["runs"])}))),
         "hardware": hardware(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
