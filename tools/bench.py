@@ -514,7 +514,7 @@ def tables(results):
     """Return the results as Markdown: a table for each case."""
     lines = [
         f"Measured on {results['hardware']}, {results['accelerator'] or 'no accelerator'}, "
-        f"{results['date']}, by `{results['command']}`; "
+        f"{results['date']}, by {', '.join(f'`{command}`' for command in results['commands'])}; "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         + ". Seconds are those of a batch: the median, and the quartiles in brackets. Compile "
         "time is what the first call took beyond a usual one. Peak memory is "
@@ -638,8 +638,9 @@ def main():
         print(title(case), flush=True)
         names = chosen(contestants(task), arguments)
         new = measure(case, names, arguments.repetitions, arguments.seconds)
+        command = shlex.join(["python", "tools/bench.py", *sys.argv[1:]])
         results = {
-            "command": shlex.join(["python", "tools/bench.py", *sys.argv[1:]]),
+            "commands": list(dict.fromkeys([*results.get("commands", []), command])),
             "date": datetime.date.today().isoformat(),
             "hardware": hardware(),
             "accelerator": next((r["accelerator"] for r in new if r.get("accelerator")), None),
