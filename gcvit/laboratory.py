@@ -207,7 +207,7 @@ class Design:
 
 def chosen_design():
     """Return the chapter's `Design`, or one that settles nothing if `GCVIT_RUN` is "brief"."""
-    return Design(steps=20, warmup=5) if run_setting() == "brief" else Design()
+    return Design(steps=10, warmup=2) if run_setting() == "brief" else Design()
 
 
 @dataclass(frozen=True)
