@@ -61,6 +61,7 @@ def as_in_a_notebook(monkeypatch):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_exercises_fail_until_they_are_solved(path, as_in_a_notebook):
+    assert "## Exercises" in path.read_text(encoding="utf-8")
     cells = cells_of(path)
     exercises = [i for i, (tags, _) in enumerate(cells) if "exercise" in tags]
     assert len(exercises) >= 3

@@ -621,6 +621,7 @@ def main():
         for task in arguments.tasks:
             print(f"{task}: {', '.join(chosen(contestants(task), arguments))}")
         return None
+    command = shlex.join(["python", "tools/bench.py", *sys.argv[1:]])
     results = {"records": []}
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text(encoding="utf-8"))
@@ -639,7 +640,6 @@ def main():
         print(title(case), flush=True)
         names = chosen(contestants(task), arguments)
         new = measure(case, names, arguments.repetitions, arguments.seconds)
-        command = shlex.join(["python", "tools/bench.py", *sys.argv[1:]])
         results = {
             "commands": list(dict.fromkeys([*results.get("commands", []), command])),
             "date": datetime.date.today().isoformat(),
