@@ -30,7 +30,7 @@ def photograph(size=224):
 
 
 def trained_model(image_size=None):
-    """Return a model with trained weights, and a sentence that says which.
+    """Return a model with trained weights, and a sentence or two that say which.
 
     The ImageNet weights of `gcvit_xxtiny` where they can be had, else the checkpoint that
     ships with the package, `gcvit_nano` trained on flowers. Never random weights.
@@ -49,8 +49,8 @@ def trained_model(image_size=None):
         preset, weights = "gcvit_nano", "flowers"
         model = GCViT.from_preset(preset, weights, image_size=image_size)
         said = (
-            "The ImageNet weights cannot be reached from here, so the model is gcvit_nano, "
-            "which ships with this book and was trained on photographs of flowers."
+            "The ImageNet weights cannot be reached from here, so the model is gcvit_nano.\n"
+            "It ships with this book and was trained on photographs of flowers."
         )
     return model, image_size or PRESETS[preset]["image_size"], said
 

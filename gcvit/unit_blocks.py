@@ -193,7 +193,7 @@ class ReduceSize(layers.Layer):
         self.norm1 = fast.LayerNormalization(epsilon=1e-5, dtype=dtype, name="norm1")
         self.pad1 = layers.ZeroPadding2D(1, dtype=dtype, name="pad1")
         self.conv = fused_mbconv(channels, dtype)
-        # padding="same" with stride 2 would pad on one side only.
+        # padding="same" with stride 2 would pad an even map on one side only.
         self.pad2 = layers.ZeroPadding2D(1, dtype=dtype, name="pad2")
         self.reduction = convolution(
             self._output_channels(channels),
