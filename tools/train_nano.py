@@ -2,9 +2,10 @@
 
     TFDS_DATA_DIR=... python tools/train_nano.py
 
-Two phases: many short epochs at a small image size, then a few at the size that the preset
-is for, the position tables resized between them. The weights are a moving average. The
-validation split is looked at once a phase, at its end, and never chosen by.
+Three phases: many short epochs of blended photographs at a small image size, a few at the
+size that the preset is for, the position tables resized between them, and then more of
+these. The weights are a moving average. The validation split is looked at once a phase, at
+its end, and never chosen by. A script that is cut off goes on after its last whole phase.
 """
 
 import argparse
@@ -39,14 +40,20 @@ PHASES = [
         "smallest_crop": 0.35,
         "mix": True,
     },
-    # Crops enlarge what they show; hardly any, so that the model ends on flowers of the size
-    # at which it will meet them.
     {
         "image_size": 128,
         "epochs": 12,
         "peak": 4e-4,
         "warmup": 1,
         "smallest_crop": 0.7,
+        "mix": False,
+    },
+    {
+        "image_size": 128,
+        "epochs": 36,
+        "peak": 1e-3,
+        "warmup": 2,
+        "smallest_crop": 0.5,
         "mix": False,
     },
 ]
@@ -92,7 +99,7 @@ def train(photos, phase, start, batch_size, path):
     loss, accuracy = model.evaluate(validation, verbose=0)
     print(f"{phase['image_size']} px: validation accuracy {accuracy:.4f}", flush=True)
     save_safetensors(model, path)
-    return model, {
+    return {
         **phase,
         "minutes": round((time.time() - began) / 60, 1),
         "validation_loss": loss,
@@ -114,9 +121,14 @@ def main():
     results, start = [], None
     for i, phase in enumerate(PHASES):
         path = arguments.work / f"phase{i}.safetensors"
-        model, result = train(photos, phase, start, arguments.batch_size, path)
-        results.append(result)
+        told = path.with_suffix(".json")
+        if not told.exists():  # else it was run before the script was cut off
+            result = train(photos, phase, start, arguments.batch_size, path)
+            told.write_text(json.dumps(result), encoding="utf-8")
+        results.append(json.loads(told.read_text(encoding="utf-8")))
         start = path
+    model = GCViT.from_preset("gcvit_nano", weights=None)
+    load_checkpoint(model, start)
     arguments.out.parent.mkdir(exist_ok=True)
     notes = {
         "preset": "gcvit_nano",
