@@ -40,7 +40,7 @@ test-unit: install ## Run the unit tests: all on TensorFlow, those of numbers on
 
 # The trainings of chapters 8 and 12 are cut short: make book runs them as readers do.
 test-book: install ## Run every chapter, as a reader's Jupyter would
-	GCVIT_RUN=$${GCVIT_RUN:-brief} $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -n 2 book
+	GCVIT_RUN=$${GCVIT_RUN:-brief} $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -n 2 --dist worksteal book
 
 test-colab: install ## Run every chapter as Colab would: an empty folder, no clone
 	$(BIN)/python tools/colab_run.py --jobs 2

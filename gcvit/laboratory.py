@@ -11,7 +11,7 @@ from gcvit.attention import WindowAttention
 from gcvit.fine_tuning import WarmupCosine, make_variables, run_setting
 from gcvit.global_tokens import FeatureExtraction
 from gcvit.model import GCViT
-from gcvit.unit_blocks import SqueezeAndExcitation, run
+from gcvit.unit_blocks import SqueezeAndExcitation, run, start_wide
 
 # The faults of the original Keras notebook.
 
@@ -282,16 +282,13 @@ class Bench:
     def start(self, seed):
         """Give the model new weights, which follow from the seed; forget all steps.
 
-        Kernels are drawn as Keras's layers draw theirs by default. A `GCViT` starts narrower,
-        and from there the query alone does not find the answer in so few steps.
+        It starts wide: from where a `GCViT` starts, the query alone does not find the answer
+        in so few steps.
         """
         if seed not in self._starts:
             keras.utils.set_random_seed(seed)
             new = self._built(GCViT)
-            for layer in new._flatten_layers():
-                for name in {"kernel_initializer", "depthwise_initializer"} & set(vars(layer)):
-                    glorot = keras.initializers.GlorotUniform(getattr(layer, name).seed)
-                    layer.kernel.assign(glorot(layer.kernel.shape))
+            start_wide(new)
             self._starts[seed] = [ops.convert_to_numpy(v) for v in new.trainable_variables]
         optimizer = self.model.optimizer
         for variable, value in zip(

@@ -193,8 +193,7 @@ PRESETS = {
         image_size=128,
         parameters=1_635_601,
         license="MIT",
-        # Trained by tools/train_nano.py on the training split of tf_flowers, when random
-        # weights still started as Keras's do: another run of it starts elsewhere.
+        # Trained by tools/train_nano.py on the training split of tf_flowers.
         weights={
             "flowers": {
                 "file": "gcvit_nano-flowers.safetensors",

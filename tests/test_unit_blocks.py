@@ -6,7 +6,8 @@ import pytest
 from conftest import to_numpy
 from keras import ops
 
-from gcvit import MLP, ReduceSize, SqueezeAndExcitation
+from gcvit import MLP, GCViT, ReduceSize, SqueezeAndExcitation
+from gcvit.unit_blocks import start_wide
 
 pytestmark = pytest.mark.numerics
 RNG = np.random.default_rng(0)
@@ -117,3 +118,18 @@ def test_random_weights_start_as_in_the_official_code():
         kernel = to_numpy(layer.kernel)
         np.testing.assert_allclose([kernel.mean(), kernel.std()], [0, 0.02], atol=1e-3)
         assert not to_numpy(layer.bias).any()
+
+
+def test_a_wide_start_is_that_of_keras_and_follows_from_the_seed():
+    def started():
+        keras.utils.set_random_seed(3)
+        model = GCViT((2,), 8, (2,), (2,), num_classes=3)
+        model.build((None, 32, 32, 3))
+        narrow = to_numpy(model.levels[0].blocks[0].mlp.fc1.kernel)
+        start_wide(model)
+        return narrow, to_numpy(model.levels[0].blocks[0].mlp.fc1.kernel)
+
+    (narrow, wide), (_, again) = started(), started()
+    limit = np.sqrt(6 / sum(wide.shape))
+    assert 0.9 * limit < np.abs(wide).max() <= limit and narrow.std() < 0.1 * wide.std()
+    np.testing.assert_array_equal(wide, again)

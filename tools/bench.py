@@ -495,6 +495,8 @@ def with_ratios(records):
     return done
 
 
+# Settings of the system's library that change how memory is handed over.
+ALLOCATOR = ("GLIBC_TUNABLES",)
 CASE = ("task", "preset", "precision", "windows", "batch", "size", "cores")
 
 
@@ -621,7 +623,8 @@ def main():
         for task in arguments.tasks:
             print(f"{task}: {', '.join(chosen(contestants(task), arguments))}")
         return None
-    command = shlex.join(["python", "tools/bench.py", *sys.argv[1:]])
+    set_for_it = [f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ]
+    command = shlex.join([*set_for_it, "python", "tools/bench.py", *sys.argv[1:]])
     results = {"records": []}
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text(encoding="utf-8"))
