@@ -135,8 +135,6 @@ def gcvit_call(case, backend, mode):
         path_drop=0.2,
         dtype="mixed_bfloat16" if case["precision"] == "bfloat16" else "float32",
     )
-    if case["windows"] == "kept":
-        model.build((None, case["size"], case["size"], 3))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     optimizer = keras.optimizers.AdamW(1e-3)
     if mode in FORWARD + STEP:
