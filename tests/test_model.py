@@ -8,6 +8,7 @@ from conftest import run, run_features, slow_on_jax, small_model, to_numpy
 
 from gcvit import PRESETS, GCViT, load_checkpoint
 from gcvit.model import scaled_windows
+from gcvit.unit_blocks import start_wide
 
 pytestmark = pytest.mark.numerics
 RNG = np.random.default_rng(5)
@@ -248,20 +249,20 @@ def test_half_precision_stays_near(model, small_images, policy, timm_file):
 @pytest.mark.parametrize("policy", ["bfloat16", "mixed_float16", "mixed_bfloat16"])
 @slow_on_jax
 def test_half_precision_trains_a_step(policy):
-    keras.utils.set_random_seed(0)
     model = GCViT((7,), 16, (2,), (2,), num_classes=3, dtype=policy)
     # Not Adam: its beta_2 of 0.999 is 1 in bfloat16, and a step then has the length 0.
     model.compile(keras.optimizers.SGD(1.0), "sparse_categorical_crossentropy", run_eagerly=True)
     model.build((None, 32, 32, 3))
-    images = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype("float32")
+    start_wide(model)  # from the narrow start, gradients are too small for bfloat16's steps
+    images = RNG.normal(size=(4, 32, 32, 3)).astype("float32")
     before = [to_numpy(v).astype("float32") for v in model.trainable_variables]
     losses = [float(model.train_on_batch(images, np.array([0, 1, 2, 0]))) for _ in range(3)]
     after = [to_numpy(v).astype("float32") for v in model.trainable_variables]
     assert np.isfinite(losses).all()
     assert all(np.isfinite(values).all() for values in after)
-    # The loss itself may stand still: bfloat16 has three digits. So may weights near one.
+    # The loss itself may stand still: bfloat16 has three digits.
     moved = [not np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
-    assert np.mean(moved) > 0.5, np.mean(moved)
+    assert np.mean(moved) > 0.7, np.mean(moved)
 
 
 @pytest.mark.parametrize(

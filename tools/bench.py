@@ -493,8 +493,6 @@ def with_ratios(records):
     return done
 
 
-# Settings of the system's library that change how memory is handed over.
-ALLOCATOR = ("GLIBC_TUNABLES",)
 CASE = ("task", "preset", "precision", "windows", "batch", "size", "cores")
 
 
@@ -621,8 +619,9 @@ def main():
         for task in arguments.tasks:
             print(f"{task}: {', '.join(chosen(contestants(task), arguments))}")
         return None
-    set_for_it = [f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ]
-    command = shlex.join([*set_for_it, "python", "tools/bench.py", *sys.argv[1:]])
+    command = shlex.join(["python", "tools/bench.py", *sys.argv[1:]])
+    if tunables := os.environ.get("GLIBC_TUNABLES"):  # how memory is handed over changes the times
+        command = f"GLIBC_TUNABLES={shlex.quote(tunables)} {command}"
     results = {"records": []}
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text(encoding="utf-8"))
