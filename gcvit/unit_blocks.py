@@ -1,7 +1,7 @@
 """Chapter 1: the small layers that the rest of the model is made of."""
 
 import keras
-from keras import layers
+from keras import layers, ops
 
 from gcvit import fast
 from gcvit.checks import feature_map_shape, positive_whole
@@ -152,7 +152,7 @@ class SqueezeAndExcitation(layers.Layer):
         self.avg_pool = layers.GlobalAveragePooling2D(keepdims=True, dtype=dtype, name="avg_pool")
         self.fc = [
             dense(hidden, use_bias=False, dtype=dtype, name="fc_0"),
-            fast.Activation("gelu", dtype=dtype, name="fc_1"),
+            layers.Activation("gelu", dtype=dtype, name="fc_1"),
             dense(gates, use_bias=False, dtype=dtype, name="fc_2"),
             layers.Activation("sigmoid", dtype=dtype, name="fc_3"),
         ]
@@ -283,8 +283,11 @@ class MLP(layers.Layer):
         self.drop2.build(self.compute_output_shape(input_shape))
 
     def call(self, x):
-        x = self.drop1(self.act(self.fc1(x)))
-        return self.drop2(self.fc2(x))
+        # As rows of a matrix: `fast.Dense` has GELU computed with the product on TensorFlow.
+        rows = ops.reshape(x, (-1, x.shape[-1]))
+        rows = self.drop1(self.act(self.fc1(rows)))
+        rows = self.drop2(self.fc2(rows))
+        return ops.reshape(rows, (*ops.shape(x)[:-1], rows.shape[-1]))
 
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self.out_features or input_shape[-1])
