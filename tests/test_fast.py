@@ -6,7 +6,8 @@ import pytest
 from conftest import to_numpy
 from keras import layers
 
-from gcvit import fast
+from gcvit import MLP, fast
+from gcvit.unit_blocks import run
 
 pytestmark = pytest.mark.numerics
 RNG = np.random.default_rng(3)
@@ -22,17 +23,27 @@ PAIRS = {
 }
 
 
-def output_and_gradients(layer, x, upstream):
-    """Return the output, and the gradients of its product with `upstream` by input and weights."""
+def output_and_gradients(layer, x, upstream, static=True):
+    """Return the output, and the gradients of its product with `upstream` by input and weights.
+
+    As in training, compiled where the backend compiles; on TensorFlow for inputs of one shape, or
+    (`static=False`) for batches of any size.
+    """
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
 
-        given = tf.Variable(x)
-        with tf.GradientTape() as tape:
-            y = layer(given)
-            total = tf.reduce_sum(y * upstream)
-        return [y, *tape.gradient(total, [given, *(v.value for v in layer.weights)])]
+        def in_training(given):
+            weights = [v.value for v in layer.weights]
+            with tf.GradientTape() as tape:
+                tape.watch(given)
+                y = layer(given, training=True)
+                total = tf.reduce_sum(y * upstream)
+            return [y, *tape.gradient(total, [given, *weights])]
+
+        shape = x.shape if static else (None, *x.shape[1:])
+        signature = [tf.TensorSpec(shape)]
+        return tf.function(in_training, input_signature=signature, autograph=False)(x)
     if backend == "torch":
         import torch
 
@@ -51,9 +62,9 @@ def output_and_gradients(layer, x, upstream):
     return [y, found[0], *found[1]]
 
 
-@pytest.mark.parametrize("size", [(9, 12), (3, 4)])
+@pytest.mark.parametrize(("size", "static"), [((9, 12), True), ((3, 4), False)])
 @pytest.mark.parametrize("name", PAIRS)
-def test_the_fast_way_gives_the_same(name, size):
+def test_the_fast_way_gives_the_same(name, size, static):
     faster, plain, given, options = PAIRS[name]
     x = RNG.normal(size=(2, *size, 6)).astype("float32")
     pair = [kind(*given, **options) for kind in (faster, plain)]
@@ -65,7 +76,8 @@ def test_the_fast_way_gives_the_same(name, size):
         keras_own.assign(values)
     upstream = RNG.normal(size=pair[1].compute_output_shape(x.shape)).astype("float32")
     found, wanted = (
-        [to_numpy(value) for value in output_and_gradients(layer, x, upstream)] for layer in pair
+        [to_numpy(value) for value in output_and_gradients(layer, x, upstream, static)]
+        for layer in pair
     )
     for a, b in zip(found, wanted, strict=True):
         assert np.abs(b).max() > 0
@@ -107,6 +119,35 @@ def test_half_precision_keeps_keras_gelu(dtype):
     )
     ours, keras_own = (to_numpy(keras.ops.cast(y, "float32")) for y in (ours, keras_own))
     np.testing.assert_array_equal(ours, keras_own)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's optimizer")
+@pytest.mark.parametrize("batch", [2, None])
+def test_tensorflow_finds_the_layer_norm_and_the_gelu_of_a_product(batch, tmp_path):
+    import tensorflow as tf
+    from jax.profiler import ProfileData
+
+    sublayers = [fast.LayerNormalization(), MLP(hidden_features=32)]
+    for layer in sublayers:
+        layer.build((batch, 7, 7, 16))
+
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec((batch, 7, 7, 16))])
+    def forward(x):
+        return run(sublayers, x)
+
+    x = tf.constant(RNG.normal(size=(2, 7, 7, 16)), "float32")
+    forward(x)
+    with tf.profiler.experimental.Profile(str(tmp_path)):
+        forward(x)
+    (path,) = tmp_path.glob("**/*.xplane.pb")
+    events = (
+        e for p in ProfileData.from_file(str(path)).planes for line in p.lines for e in line.events
+    )
+    operations = {event.name.rpartition(":")[2] for event in events}
+    if not any(name.startswith("_Mkl") for name in operations):
+        pytest.skip("TensorFlow runs without oneDNN here")
+    assert "_MklLayerNorm" in operations
+    assert not operations & {"Erf", "BiasAdd", "Mean"}
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="shows which way is taken on JAX")
