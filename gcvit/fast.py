@@ -6,7 +6,9 @@ differs, and only where that was measured to pay. Elsewhere it is Keras's own.
 Milliseconds below were measured in float32 on one thread of a CPU, on 8 maps of 56 x 56 x 64,
 unless they are said to be of something else. Convolutions and pooling together took xxtiny's
 forward pass on JAX from 1.2 to 0.8 s for 8 images of 224 px, and its training step from 8.4 to
-4.5 s. All that is done for PyTorch took a quarter off the forward pass for 16 images.
+4.5 s. All that is done for PyTorch took a quarter off the forward pass for 16 images. On
+TensorFlow, what its graph optimizer finds and XLA compiles took the forward pass from 0.52 to
+0.40 s for 16 images on two cores, and the training step from 1.69 to 1.45 s.
 
 On JAX on the CPU these gradients can be taken backwards only, as training does: `jax.grad` and
 `jax.vjp` work, `jax.jvp` and `jax.jacfwd` do not.

@@ -283,7 +283,7 @@ class MLP(layers.Layer):
         self.drop2.build(self.compute_output_shape(input_shape))
 
     def call(self, x):
-        # As rows of a matrix: `fast.Dense` has GELU computed with the product on TensorFlow.
+        # One matrix, a row for each token: TensorFlow computes product, bias and GELU at once.
         rows = ops.reshape(x, (-1, x.shape[-1]))
         rows = self.drop1(self.act(self.fc1(rows)))
         rows = self.drop2(self.fc2(rows))

@@ -258,6 +258,14 @@ def test_rand_augment_keeps_shape_and_range_and_draws_for_each_image():
     assert len({image.tobytes() for image in images}) > 18
 
 
+def test_no_pass_waits_for_a_thread_that_tunes_the_pipeline():
+    """Also where more is put behind it: the option goes through."""
+    photos = tf.data.Dataset.from_tensors((data.chelsea(), 0)).repeat(4)
+    batches = fine_tuning.make_dataset(photos, 32, 2, train=True)
+    for later in (batches, fine_tuning.mix(fine_tuning.one_hot(batches, 3)), batches.repeat(2)):
+        assert later.options().autotune.enabled is False
+
+
 def test_what_a_pass_draws_follows_from_the_epoch():
     photos = fine_tuning.embedded_photographs(per_class=4)
     epoch = tf.Variable(0, dtype="int64")

@@ -146,14 +146,28 @@ def gcvit_call(case, backend, mode):
 
 
 def through_keras(case, model, loss, optimizer, mode):
-    """Return what calls the model as a user does, with nothing set but optimizer and loss."""
+    """Return what calls the model as a user does, with nothing set but optimizer and loss.
+
+    On TensorFlow, `predict` and `fit` get what the book's pipelines give them. Keras's own, for
+    arrays, often waits at its end: see `gcvit.fine_tuning.untuned`.
+    """
+    import keras
+
     model.compile(optimizer, loss)
     batch = case["batch"]
     images, labels = data(case, BATCHES_A_CALL if mode in ("predict", "fit") else 1)
+    to_predict, to_fit = (images, batch), (images, labels, batch)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        from gcvit.fine_tuning import untuned
+
+        batches = tf.data.Dataset.from_tensor_slices((images, labels)).batch(batch).prefetch(1)
+        to_predict = to_fit = (untuned(batches),)
     calls = {
-        "predict": lambda: model.predict(images, batch, verbose=0),
+        "predict": lambda: model.predict(*to_predict, verbose=0),
         "predict_on_batch": lambda: model.predict_on_batch(images),
-        "fit": lambda: model.fit(images, labels, batch, verbose=0),
+        "fit": lambda: model.fit(*to_fit, verbose=0),
         "train_on_batch": lambda: float(model.train_on_batch(images, labels)),
     }
     return calls[mode], len(images)
