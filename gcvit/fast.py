@@ -128,7 +128,7 @@ def with_kernel_gradient(function, of_a_part, by_input=None, cut=lambda maps: ma
 def compiled(function, *tensors):
     """Return `function` of the tensors, on TensorFlow as XLA compiles it: into few loops or one.
 
-    That takes it a tenth of a second for each shape. So where nothing is compiled, in eager
+    XLA takes a tenth of a second for each shape. So where nothing else is compiled, in eager
     mode, this is not either.
     """
     import tensorflow as tf
@@ -294,7 +294,7 @@ class Dense(layers.Dense):
 class LayerNormalization(layers.LayerNormalization):
     """Keras's layer over the last axis, with both passes of its own on TensorFlow on the CPU.
 
-    Forwards, oneDNN's one operation in place of six: 1.4 ms for 4.4, for 16 maps of 56 x 56 x 64
+    Forwards, oneDNN's one operation in place of seven: 1.4 ms for 4.4, for 16 maps of 56 x 56 x 64
     on two cores. Backwards, as XLA compiles it: 4.5 ms for 9.4. It keeps only the layer's input,
     where TensorFlow would keep a map for each step of the formula.
     """
@@ -339,8 +339,8 @@ class LayerNormalization(layers.LayerNormalization):
         """Standardize each of (rows, channels), spelled as TensorFlow's graph optimizer wants it.
 
         It takes a batch normalization of one image that has the rows for its channels, times
-        gamma, plus beta, for a layer normalization. It finds that only if nothing in it is
-        known beforehand: hence the placeholders.
+        gamma, plus beta, for a layer normalization. It finds that only if it does not know the
+        number of rows beforehand: hence the placeholders.
         """
         import tensorflow as tf
 
