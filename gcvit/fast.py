@@ -277,13 +277,12 @@ class Dense(layers.Dense):
         elif without_accelerator("jax"):
             y = add_to_each(product(x, tensor_of(self.kernel)), self.bias)
         elif without_accelerator("tensorflow"):
-            rows = x if len(x.shape) == 2 else ops.reshape(x, (-1, x.shape[-1]))
-            y = ops.matmul(rows, tensor_of(self.kernel))
-            if self.bias is not None:
-                import tensorflow as tf
+            import tensorflow as tf
 
+            y = tf.matmul(tf.reshape(x, (-1, x.shape[-1])), tensor_of(self.kernel))
+            if self.bias is not None:
                 y = tf.nn.bias_add(y, tensor_of(self.bias))
-            if len(x.shape) != 2:
+            if len(x.shape) != 2:  # a reshape here would part the bias from a GELU behind it
                 y = ops.reshape(y, (*ops.shape(x)[:-1], self.units))
         else:
             return super().call(x, training=training)
@@ -304,12 +303,11 @@ class LayerNormalization(layers.LayerNormalization):
             return super().call(x)
         import tensorflow as tf
 
-        of_each = self._gradients_of_each(self.epsilon)
-
         @tf.custom_gradient
         def normalized(x, gamma, beta):
             def gradient(upstream):
-                by_x, by_gamma = compiled(of_each, x, gamma, upstream)
+                epsilon = tf.constant(self.epsilon)
+                by_x, by_gamma = compiled(normalization_gradients, x, gamma, epsilon, upstream)
                 rows = tf.ones((1, tf.shape(x)[0]))
                 return by_x, (rows @ by_gamma)[0], (rows @ upstream)[0]
 
@@ -318,22 +316,6 @@ class LayerNormalization(layers.LayerNormalization):
         rows = tf.reshape(x, (-1, x.shape[-1]))
         gamma, beta = (tf.convert_to_tensor(weight) for weight in (self.gamma, self.beta))
         return tf.reshape(normalized(rows, gamma, beta), tf.shape(x))
-
-    @staticmethod
-    @functools.cache
-    def _gradients_of_each(epsilon):
-        """Return what gives, of rows, the gradients by rows, and each row's part of gamma's."""
-
-        def gradients(x, gamma, upstream):
-            # Products with a column of equal numbers: XLA's own sums take twice as long.
-            mean = ops.full((x.shape[-1], 1), 1 / x.shape[-1])
-            centred = x - x @ mean
-            scale = ops.rsqrt(ops.square(centred) @ mean + epsilon)
-            standard, weighted = centred * scale, upstream * gamma
-            by_x = weighted - weighted @ mean - standard * ((weighted * standard) @ mean)
-            return by_x * scale, upstream * standard
-
-        return gradients
 
     def _of_rows(self, x):
         """Standardize each of (rows, channels), spelled as TensorFlow's graph optimizer wants it.
@@ -359,6 +341,24 @@ class LayerNormalization(layers.LayerNormalization):
         return tf.reshape(standard, tf.shape(x))
 
 
+def normalization_gradients(x, gamma, epsilon, upstream):
+    """Return a layer norm's gradient by its input, and what each row adds to that by gamma.
+
+    Args:
+        x: (rows, channels).
+        gamma: (channels,).
+        epsilon: a tensor of one number.
+        upstream: (rows, channels).
+    """
+    # Products with a column of equal numbers: XLA's own sums take twice as long.
+    mean = ops.full((x.shape[-1], 1), 1 / x.shape[-1])
+    centred = x - x @ mean
+    scale = ops.rsqrt(ops.square(centred) @ mean + epsilon)
+    standard, weighted = centred * scale, upstream * gamma
+    by_x = weighted - weighted @ mean - standard * ((weighted * standard) @ mean)
+    return by_x * scale, upstream * standard
+
+
 @keras.saving.register_keras_serializable(package="gcvit")
 class Activation(layers.Activation):
     """Keras's layer, with a faster exact GELU in float32 on TensorFlow and JAX on the CPU.
@@ -371,9 +371,11 @@ class Activation(layers.Activation):
 
     def call(self, x, training=None):
         exact = self.activation is keras.activations.gelu and x.dtype == "float32"
-        if not exact or without_accelerator("torch") or device_kinds() != {"cpu"}:
+        if exact and without_accelerator("jax"):
+            return gelu(x)
+        if not exact or not without_accelerator("tensorflow"):
             return super().call(x)
-        if not training or without_accelerator("jax"):
+        if not training:
             return gelu(x)
         import tensorflow as tf
 
@@ -384,15 +386,20 @@ class Activation(layers.Activation):
         return trained(x)
 
 
+def share_below(x):
+    """Return Φ(x), the share of a normal distribution that lies below `x`, spelled with erf."""
+    return 0.5 * (1 + ops.erf(x * 0.5**0.5))
+
+
 def gelu(x):
-    """Return the exact GELU of `x`, spelled with erf."""
-    return x * (0.5 * (1 + ops.erf(x * 0.5**0.5)))
+    """Return the exact GELU of `x`, x·Φ(x)."""
+    return x * share_below(x)
 
 
 def gelu_gradient(x, upstream):
-    """Return the gradient of `gelu` by `x`: of x·Φ(x), it is Φ(x) + x·φ(x), times what comes."""
+    """Return the gradient of `gelu` by `x`: Φ(x) + x·φ(x), times what comes from above."""
     density = ops.exp(-0.5 * ops.square(x) - 0.5 * math.log(2 * math.pi))
-    return upstream * (0.5 * (1 + ops.erf(x * 0.5**0.5)) + x * density)
+    return upstream * (share_below(x) + x * density)
 
 
 def add_to_each(maps, bias):
