@@ -157,7 +157,10 @@ class WindowAttention(layers.Layer):
 
     def call(self, x, q_global=None):
         q, k, v = self.query_key_value(x, q_global)
-        mixed = ops.matmul(self.attn_drop(self.weights_of(q, k)), v)
+        if fast.attends_at_once() and not self.attention_dropout:
+            mixed = fast.attend(q, k, v, self.relative_position_bias(), self.scale)
+        else:
+            mixed = ops.matmul(self.attn_drop(self.weights_of(q, k)), v)
         mixed = ops.transpose(mixed, (0, 1, 3, 2, 4))
         tokens = len(self.position_index)
         mixed = ops.reshape(mixed, (-1, tokens, self.num_heads * self.head_dim))

@@ -6,9 +6,9 @@ differs, and only where that was measured to pay. Elsewhere it is Keras's own.
 Milliseconds below were measured in float32 on one thread of a CPU, on 8 maps of 56 x 56 x 64,
 unless they are said to be of something else. Convolutions and pooling together took xxtiny's
 forward pass on JAX from 1.2 to 0.8 s for 8 images of 224 px, and its training step from 8.4 to
-4.5 s. All that is done for PyTorch took a quarter off the forward pass for 16 images. On
-TensorFlow, what its graph optimizer finds and XLA compiles took the forward pass from 0.52 to
-0.40 s for 16 images on two cores, and the training step from 1.69 to 1.45 s.
+4.5 s. For 16 images on two cores, all that is done for PyTorch took the forward pass from 0.82 to
+0.48 s, in a process that keeps freed memory. On TensorFlow, what its graph optimizer finds and XLA
+compiles took it from 0.52 to 0.40 s, and the training step from 1.69 to 1.45 s.
 
 On JAX on the CPU these gradients can be taken backwards only, as training does: `jax.grad` and
 `jax.vjp` work, `jax.jvp` and `jax.jacfwd` do not.
@@ -78,6 +78,20 @@ def as_it_lies(function, x, *args, **kwargs):
     return function(x.permute(0, 3, 1, 2), *args, **kwargs).permute(0, 2, 3, 1)
 
 
+def joined(sublayers):
+    """Return layers to pass a map through, on PyTorch on the CPU without a padding at the front.
+
+    The convolution behind a `ZeroPadding2D` of one pixel adds the zeros itself there. Copies of the
+    maps with zeros around them took 50 of the 555 ms of xxtiny's forward pass, for 16 images on
+    two cores.
+    """
+    padding, *rest = sublayers
+    if not without_accelerator("torch") or not isinstance(padding, layers.ZeroPadding2D):
+        return sublayers
+    convolution, *rest = rest
+    return [functools.partial(convolution, pad=1), *rest]
+
+
 def with_kernel_gradient(function, of_a_part, by_input=None, cut=lambda maps: maps):
     """Give a function of maps and a kernel a gradient by the kernel in parts, on JAX.
 
@@ -125,6 +139,28 @@ def with_kernel_gradient(function, of_a_part, by_input=None, cut=lambda maps: ma
     return call
 
 
+def one_by_one(function, x):
+    """Return `function` of maps, on JAX on the CPU computed for one image after the other.
+
+    The stem's maps of one image stay in the processor's cache; each of 16 images' takes 51 MB,
+    and memory that XLA asks for anew. Gradients compute an image's maps once more, so none is
+    kept. xxtiny's forward pass took 525 ms for 575, for 16 images on two cores; its training
+    step as long as before, and 0.6 GB less.
+
+    Args:
+        function: takes (batch, height, width, channels); treats each image by itself.
+        x: (batch, height, width, channels).
+    """
+    if not without_accelerator("jax"):
+        return function(x)
+    import jax
+
+    # In eager mode each call would be compiled anew.
+    if not isinstance(x, jax.core.Tracer) or x.shape[0] == 1:
+        return function(x)
+    return jax.lax.map(jax.checkpoint(lambda image: function(image[None])[0]), x)
+
+
 def compiled(function, *tensors):
     """Return `function` of the tensors, on TensorFlow as XLA compiles it: into few loops or one.
 
@@ -164,15 +200,16 @@ class DepthwiseConv2D(layers.DepthwiseConv2D):
     """Keras's layer, for a window of 3x3, stride 1, without padding and bias.
 
     On JAX on the CPU, the sum of nine shifted maps, each times its weights: 2 ms for 62. On
-    PyTorch on the CPU, the map `as_it_lies`.
+    PyTorch on the CPU, the map `as_it_lies`, with `pad` zeros that it adds on each side: see
+    `joined`.
     """
 
-    def call(self, x):
+    def call(self, x, pad=0):
         if without_accelerator("torch"):
             from torch.nn.functional import conv2d
 
             kernel = tensor_of(self.kernel).permute(2, 3, 0, 1)
-            return as_it_lies(conv2d, x, kernel, groups=len(kernel))
+            return as_it_lies(conv2d, x, kernel, padding=pad, groups=len(kernel))
         if not without_accelerator("jax"):
             return super().call(x)
         size = (x.shape[-3] - 2, x.shape[-2] - 2)
@@ -195,15 +232,15 @@ class Conv2D(layers.Conv2D):
     On JAX on the CPU, a window of 1x1 is a matrix `product`, which takes 3 ms for 4, and the
     gradients of one of 3x3 are products and sums of shifted maps. XLA's own gradient by the
     maps took 294 ms in the stem, for 16 images, where this takes about 90. On PyTorch on the
-    CPU, the map `as_it_lies`.
+    CPU, the map `as_it_lies`, with `pad` zeros that it adds on each side: see `joined`.
     """
 
-    def call(self, x):
+    def call(self, x, pad=0):
         if without_accelerator("torch"):
             from torch.nn.functional import conv2d
 
-            kernel = tensor_of(self.kernel).permute(3, 2, 0, 1)
-            return as_it_lies(conv2d, x, kernel, tensor_of(self.bias), stride=self.strides)
+            kernel, bias = tensor_of(self.kernel).permute(3, 2, 0, 1), tensor_of(self.bias)
+            return as_it_lies(conv2d, x, kernel, bias, stride=self.strides, padding=pad)
         if not without_accelerator("jax"):
             return super().call(x)
         kernel = tensor_of(self.kernel)
@@ -263,17 +300,17 @@ class MaxPooling2D(layers.MaxPooling2D):
 class Dense(layers.Dense):
     """Keras's layer, on JAX on the CPU as a `product` and `add_to_each`.
 
-    On PyTorch on the CPU, one operation that adds the bias, too. On TensorFlow there, a product
-    of two matrices and then its bias: the graph's optimizer makes one operation of both, and
-    of a GELU behind them. Of xxtiny's forward pass that took 490 ms for 540, for 16 images on
-    two cores.
+    On PyTorch on the CPU, a product to which the bias is added in place: xxtiny's forward pass took
+    505 ms for 530, for 16 images on two cores, as PyTorch's own operation for both copies the bias
+    to each row first. On TensorFlow there, a product of two matrices and then its bias: the graph's
+    optimizer makes one operation of both, and of a GELU behind them. That took 490 ms for 540.
     """
 
     def call(self, x, training=None):
         if without_accelerator("torch"):
-            from torch.nn.functional import linear
-
-            y = linear(x, tensor_of(self.kernel).T, tensor_of(self.bias))
+            y = x @ tensor_of(self.kernel)
+            if self.bias is not None:
+                y += tensor_of(self.bias)
         elif without_accelerator("jax"):
             y = add_to_each(product(x, tensor_of(self.kernel)), self.bias)
         elif without_accelerator("tensorflow"):
@@ -427,3 +464,39 @@ def add_to_each(maps, bias):
 
     add.defvjp(lambda maps, bias: (maps + bias, None), backward)
     return add(maps, bias)
+
+
+def attends_at_once():
+    """Tell whether `attend` serves here: on PyTorch on the CPU, where no gradients are wanted.
+
+    Its one operation has none by the bias; with them, PyTorch takes several after all, and in a
+    slower way.
+    """
+    if not without_accelerator("torch"):
+        return False
+    import torch
+
+    return not torch.is_grad_enabled()
+
+
+def attend(q, k, v, bias, scale):
+    """Return softmax(scale · q·kᵀ + bias)·v in one operation of PyTorch.
+
+    It computes a tile of the scores at a time, and copies neither k nor v. That took xxtiny's
+    forward pass from 560 to 505 ms, for 16 images on two cores.
+
+    Args:
+        q: (batch, windows or 1, heads, tokens, head channels); one window's serve all.
+        k: (batch, windows, heads, tokens, head channels).
+        v: like `k`.
+        bias: (heads, tokens, tokens).
+        scale: factor on the query.
+
+    Returns:
+        What the queries take up of `v`, of its shape.
+    """
+    from torch.nn.functional import scaled_dot_product_attention
+
+    every_window = (part.flatten(0, 1) for part in (q.expand_as(k), k, v))
+    mixed = scaled_dot_product_attention(*every_window, attn_mask=bias[None], scale=scale)
+    return mixed.unflatten(0, k.shape[:2])

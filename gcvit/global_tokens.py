@@ -108,7 +108,7 @@ class FeatureExtraction(layers.Layer):
             self.pool.build(padded(input_shape))
 
     def call(self, x):
-        x = x + run(self.conv, self.pad1(x))
+        x = x + run([self.pad1, *self.conv], x)
         return x if self.keepdims else self.halve(x)
 
     def halve(self, x):

@@ -3,8 +3,9 @@
 import keras
 from keras import layers
 
+from gcvit import fast
 from gcvit.checks import feature_map_shape, positive_whole
-from gcvit.unit_blocks import ReduceSize, convolution, halved, padded
+from gcvit.unit_blocks import ReduceSize, convolution, halved, padded, run
 
 
 @keras.saving.register_keras_serializable(package="gcvit")
@@ -40,7 +41,7 @@ class PatchEmbed(layers.Layer):
         self.conv_down.build(halved(input_shape, self.embed_dim))
 
     def call(self, x):
-        return self.conv_down(self.proj(self.pad(x)))
+        return fast.one_by_one(lambda x: run([self.pad, self.proj, self.conv_down], x), x)
 
     def compute_output_shape(self, input_shape):
         return halved(halved(input_shape, self.embed_dim), self.embed_dim)

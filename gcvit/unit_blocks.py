@@ -9,7 +9,7 @@ from gcvit.checks import feature_map_shape, positive_whole
 
 def run(sublayers, x):
     """Pass `x` through a list of layers, one after the other."""
-    for layer in sublayers:
+    for layer in fast.joined(sublayers):
         x = layer(x)
     return x
 
@@ -228,8 +228,8 @@ class ReduceSize(layers.Layer):
 
     def call(self, x):
         x = self.norm1(x)
-        x = x + run(self.conv, self.pad1(x))
-        return self.norm2(self.reduction(self.pad2(x)))
+        x = x + run([self.pad1, *self.conv], x)
+        return self.norm2(run([self.pad2, self.reduction], x))
 
     def compute_output_shape(self, input_shape):
         return halved(input_shape, self._output_channels(input_shape[-1]))

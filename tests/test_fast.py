@@ -1,12 +1,15 @@
 """The faster ways give what Keras's own layers give: outputs, and gradients by all they take."""
 
+import contextlib
+from unittest import mock
+
 import keras
 import numpy as np
 import pytest
 from conftest import to_numpy
 from keras import layers
 
-from gcvit import MLP, fast
+from gcvit import MLP, PatchEmbed, WindowAttention, fast
 from gcvit.unit_blocks import run
 
 pytestmark = pytest.mark.numerics
@@ -82,6 +85,100 @@ def test_the_fast_way_gives_the_same(name, size, static):
     for a, b in zip(found, wanted, strict=True):
         assert np.abs(b).max() > 0
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=1e-5)
+
+
+class Composed(layers.Layer):
+    """A padding and a convolution, one after the other."""
+
+    def __init__(self, convolution, pass_through):
+        super().__init__()
+        self.sublayers = [layers.ZeroPadding2D(1), convolution]
+        self.pass_through = pass_through
+
+    def build(self, shape):
+        for layer in self.sublayers:
+            layer.build(shape)
+            shape = layer.compute_output_shape(shape)
+
+    def call(self, x):
+        return self.pass_through(self.sublayers, x)
+
+
+@pytest.mark.parametrize("name", ["depthwise", "3x3, stride 2"])
+def test_a_convolution_pads_by_itself_as_the_layer_before_it_would(name):
+    faster, plain, given, options = PAIRS[name]
+    x = RNG.normal(size=(2, 7, 8, 6)).astype("float32")
+    ways = (
+        Composed(faster(*given, **options), run),
+        Composed(plain(*given, **options), lambda pair, x: pair[1](pair[0](x))),
+    )
+    for layer in ways:
+        layer.build(x.shape)
+    ways[1].set_weights(ways[0].get_weights())
+    upstream = RNG.normal(size=ways[1](x).shape).astype("float32")
+    found, wanted = (
+        [to_numpy(value) for value in output_and_gradients(layer, x, upstream)] for layer in ways
+    )
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("global_query", [False, True])
+def test_attention_at_once_mixes_what_its_weights_say(global_query):
+    """Where no gradients are wanted, as in `predict`; elsewhere both sides take the plain way."""
+    attention = WindowAttention((3, 4), 2, global_query)
+    x = RNG.normal(size=(6, 12, 8)).astype("float32")  # two images of three windows
+    given = [x, RNG.normal(size=(2, 3, 4, 8)).astype("float32")][: 1 + global_query]
+    attention(*given)
+    for weight in attention.weights:
+        weight.assign(RNG.normal(size=weight.shape))
+    with without_gradients(), mock.patch.object(fast, "attend", wraps=fast.attend) as attend:
+        found = to_numpy(attention(*given))
+    assert attend.called == fast.without_accelerator("torch")
+    with mock.patch.object(fast, "attends_at_once", return_value=False):
+        np.testing.assert_allclose(found, to_numpy(attention(*given)), atol=1e-5)
+
+
+def test_attention_at_once_leaves_dropout_in():
+    attention = WindowAttention((2, 2), 1, global_query=False, attention_dropout=0.9)
+    x = RNG.normal(size=(50, 4, 8)).astype("float32")
+    with without_gradients():
+        usual, dropped = (to_numpy(attention(x, training=flag)) for flag in (False, True))
+    assert np.abs(usual - dropped).max() > 0
+
+
+def without_gradients():
+    """Return what turns gradients off on PyTorch; the other backends take none unless asked."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
+def test_images_one_by_one_give_what_they_give_together():
+    x = RNG.normal(size=(3, 8, 12, 3)).astype("float32")
+    stem = PatchEmbed(8)
+    stem.build(x.shape)
+    upstream = RNG.normal(size=(3, 2, 3, 8)).astype("float32")
+    found = [to_numpy(value) for value in output_and_gradients(stem, x, upstream)]
+    with mock.patch.object(fast, "one_by_one", lambda function, x: function(x)):
+        wanted = [to_numpy(value) for value in output_and_gradients(stem, x, upstream)]
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=1e-5)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="shows which way is taken on JAX")
+def test_on_the_cpu_jax_loops_over_the_images_of_the_stem():
+    import jax
+
+    stem = PatchEmbed(8)
+    stem.build((None, 8, 8, 3))
+    weights = [v.value for v in stem.weights]
+    for images, loops in ((3, fast.without_accelerator("jax")), (1, False)):
+        x = np.zeros((images, 8, 8, 3), "float32")
+        text = str(jax.make_jaxpr(lambda x: stem.stateless_call(weights, [], x)[0])(x))
+        assert loops == ("scan" in text)
 
 
 class Added(layers.Layer):

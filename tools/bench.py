@@ -650,6 +650,7 @@ def main():
         case = dict(zip(CASE, values, strict=True))
         others = [r for r in results["records"] if case_of(r) != case]
         if len(others) < len(results["records"]) and not arguments.again:
+            print(f"{title(case)}: in {arguments.out} already; --again measures it anew")
             continue
         print(title(case), flush=True)
         names = chosen(contestants(task), arguments)
