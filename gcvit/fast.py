@@ -139,7 +139,7 @@ def with_kernel_gradient(function, of_a_part, by_input=None, cut=lambda maps: ma
     return call
 
 
-def one_by_one(function, x):
+def image_by_image(function, x):
     """Return `function` of maps, on JAX on the CPU computed for one image after the other.
 
     The stem's maps of one image stay in the processor's cache; each of 16 images' takes 51 MB,

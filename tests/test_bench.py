@@ -51,7 +51,7 @@ def test_each_contestant_is_measured_and_one_that_fails_is_told(records):
 
 
 def test_the_table_has_a_row_for_each(records):
-    about = {"hardware": "h", "accelerator": None, "date": "d", "commands": ["c"], "versions": {}}
+    about = {"hardware": "h", "accelerator": None, "commands": ["c"], "versions": {}}
     rows = bench.tables({**about, "records": records}).splitlines()
     assert any(row.startswith("| jax jit | 750.0 (750.0 to 750.0) | 2.7 | 2.00 |") for row in rows)
     assert any("failed: MemoryError: no room" in row for row in rows)

@@ -156,13 +156,13 @@ def without_gradients():
     return torch.no_grad()
 
 
-def test_images_one_by_one_give_what_they_give_together():
+def test_images_one_after_the_other_give_what_they_give_together():
     x = RNG.normal(size=(3, 8, 12, 3)).astype("float32")
     stem = PatchEmbed(8)
     stem.build(x.shape)
     upstream = RNG.normal(size=(3, 2, 3, 8)).astype("float32")
     found = [to_numpy(value) for value in output_and_gradients(stem, x, upstream)]
-    with mock.patch.object(fast, "one_by_one", lambda function, x: function(x)):
+    with mock.patch.object(fast, "image_by_image", lambda function, x: function(x)):
         wanted = [to_numpy(value) for value in output_and_gradients(stem, x, upstream)]
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=1e-5)

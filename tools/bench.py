@@ -15,6 +15,7 @@ error. Writes gcvit/results/bench.json and, beside it, the table bench.md.
 """
 
 import argparse
+import contextlib
 import datetime
 import fnmatch
 import importlib.metadata
@@ -35,7 +36,7 @@ from results import processor, write
 RESULTS = Path(__file__).resolve().parent.parent / "gcvit" / "results" / "bench.json"
 PACKAGES = ("gcvit-book", "keras", "tensorflow", "jax", "torch", "timm", "numpy")
 FORWARD = ("predict", "predict_on_batch")
-STEP = ("fit", "train_on_batch")
+STEP = ("fit", "fit_remat", "train_on_batch")
 COMPILED = {
     "tensorflow": ("graph", "xla"),
     "jax": ("jit",),
@@ -125,16 +126,20 @@ def gcvit_call(case, backend, mode):
     """Return what calls this package's model."""
     import keras
 
-    from gcvit import GCViT
+    from gcvit import PRESETS, GCViT
 
-    model = GCViT.from_preset(
-        case["preset"],
-        weights=None,
-        image_size=case["size"] if case["windows"] == "scaled" else None,
-        head_activation=None,
-        path_drop=0.2,
-        dtype="mixed_bfloat16" if case["precision"] == "bfloat16" else "float32",
-    )
+    depths = PRESETS[case["preset"]]["config"]["depths"]
+    blocks = [f"levels_{i}_blocks_{j}" for i, depth in enumerate(depths) for j in range(depth)]
+    computed_twice = keras.RematScope("list_of_layers", layer_names=["patch_embed", *blocks])
+    with computed_twice if mode == "fit_remat" else contextlib.nullcontext():
+        model = GCViT.from_preset(
+            case["preset"],
+            weights=None,
+            image_size=case["size"] if case["windows"] == "scaled" else None,
+            head_activation=None,
+            path_drop=0.2,
+            dtype="mixed_bfloat16" if case["precision"] == "bfloat16" else "float32",
+        )
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     optimizer = keras.optimizers.AdamW(1e-3)
     if mode in FORWARD + STEP:
@@ -155,7 +160,7 @@ def through_keras(case, model, loss, optimizer, mode):
 
     model.compile(optimizer, loss)
     batch = case["batch"]
-    images, labels = data(case, BATCHES_A_CALL if mode in ("predict", "fit") else 1)
+    images, labels = data(case, 1 if mode.endswith("_on_batch") else BATCHES_A_CALL)
     to_predict, to_fit = (images, batch), (images, labels, batch)
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -170,7 +175,7 @@ def through_keras(case, model, loss, optimizer, mode):
         "fit": lambda: model.fit(*to_fit, verbose=0),
         "train_on_batch": lambda: float(model.train_on_batch(images, labels)),
     }
-    return calls[mode], len(images)
+    return calls[mode.removesuffix("_remat")], len(images)
 
 
 def tensorflow_call(case, mode, model, loss, optimizer, images, labels):
@@ -448,7 +453,10 @@ def measure(case, names, repetitions, seconds):
     for contestant in taking_part:
         contestant.end()
         records.append(record(case, contestant))
-    return sorted(records, key=lambda r: names.index(r["contestant"]))
+    today = datetime.date.today().isoformat()
+    return [
+        {**r, "date": today} for r in sorted(records, key=lambda r: names.index(r["contestant"]))
+    ]
 
 
 def record(case, contestant):
@@ -527,7 +535,7 @@ def tables(results):
     """Return the results as Markdown: a table for each case."""
     lines = [
         f"Measured on {results['hardware']}, {results['accelerator'] or 'no accelerator'}, "
-        f"{results['date']}, by {', '.join(f'`{command}`' for command in results['commands'])}; "
+        f"by {', '.join(f'`{command}`' for command in results['commands'])}; "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         + ". Seconds are those of a batch: the median, and the quartiles in brackets. Compile "
         "time is what the first call took beyond a usual one. Peak memory is "
@@ -538,7 +546,8 @@ def tables(results):
     ]
     for _, group in itertools.groupby(results["records"], key=case_of):
         group = list(group)
-        lines += ["", f"**{title(group[0])[0].upper()}{title(group[0])[1:]}**", ""]
+        heading = f"{title(group[0])}, {group[0]['date']}"
+        lines += ["", f"**{heading[0].upper()}{heading[1:]}**", ""]
         lines += [
             "| | ms a batch | images/s | times timm | processor ms | times timm | compile s "
             "| peak MB | others |",
@@ -657,7 +666,6 @@ def main():
         new = measure(case, names, arguments.repetitions, arguments.seconds)
         results = {
             "commands": list(dict.fromkeys([*results.get("commands", []), command])),
-            "date": datetime.date.today().isoformat(),
             "hardware": hardware(),
             "accelerator": next((r["accelerator"] for r in new if r.get("accelerator")), None),
             "versions": {
