@@ -65,6 +65,13 @@ def output_and_gradients(layer, x, upstream, static=True):
     return [y, found[0], *found[1]]
 
 
+def assert_same(found, wanted):
+    """Hold outputs and gradients to those wanted, none of which may be all zeros."""
+    for a, b in zip(found, wanted, strict=True):
+        assert np.abs(b).max() > 0
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=1e-5)
+
+
 @pytest.mark.parametrize(("size", "static"), [((9, 12), True), ((3, 4), False)])
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_fast_way_gives_the_same(name, size, static):
@@ -82,9 +89,7 @@ def test_the_fast_way_gives_the_same(name, size, static):
         [to_numpy(value) for value in output_and_gradients(layer, x, upstream, static)]
         for layer in pair
     )
-    for a, b in zip(found, wanted, strict=True):
-        assert np.abs(b).max() > 0
-        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=1e-5)
+    assert_same(found, wanted)
 
 
 class Composed(layers.Layer):
@@ -119,8 +124,7 @@ def test_a_convolution_pads_by_itself_as_the_layer_before_it_would(name):
     found, wanted = (
         [to_numpy(value) for value in output_and_gradients(layer, x, upstream)] for layer in ways
     )
-    for a, b in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=1e-5)
+    assert_same(found, wanted)
 
 
 @pytest.mark.parametrize("global_query", [False, True])
@@ -164,8 +168,7 @@ def test_images_one_after_the_other_give_what_they_give_together():
     found = [to_numpy(value) for value in output_and_gradients(stem, x, upstream)]
     with mock.patch.object(fast, "image_by_image", lambda function, x: function(x)):
         wanted = [to_numpy(value) for value in output_and_gradients(stem, x, upstream)]
-    for a, b in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=1e-5)
+    assert_same(found, wanted)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="shows which way is taken on JAX")

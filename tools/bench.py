@@ -128,10 +128,12 @@ def gcvit_call(case, backend, mode):
 
     from gcvit import PRESETS, GCViT
 
-    depths = PRESETS[case["preset"]]["config"]["depths"]
-    blocks = [f"levels_{i}_blocks_{j}" for i, depth in enumerate(depths) for j in range(depth)]
-    computed_twice = keras.RematScope("list_of_layers", layer_names=["patch_embed", *blocks])
-    with computed_twice if mode == "fit_remat" else contextlib.nullcontext():
+    scope = contextlib.nullcontext()
+    if mode == "fit_remat":
+        depths = PRESETS[case["preset"]]["config"]["depths"]
+        blocks = [f"levels_{i}_blocks_{j}" for i, depth in enumerate(depths) for j in range(depth)]
+        scope = keras.RematScope("list_of_layers", layer_names=["patch_embed", *blocks])
+    with scope:
         model = GCViT.from_preset(
             case["preset"],
             weights=None,
