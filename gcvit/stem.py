@@ -41,7 +41,7 @@ class PatchEmbed(layers.Layer):
         self.conv_down.build(halved(input_shape, self.embed_dim))
 
     def call(self, x):
-        return fast.image_by_image(lambda x: run([self.pad, self.proj, self.conv_down], x), x)
+        return fast.in_parts(lambda x: run([self.pad, self.proj, self.conv_down], x), x)
 
     def compute_output_shape(self, input_shape):
         return halved(halved(input_shape, self.embed_dim), self.embed_dim)

@@ -160,28 +160,49 @@ def without_gradients():
     return torch.no_grad()
 
 
-def test_images_one_after_the_other_give_what_they_give_together():
-    x = RNG.normal(size=(3, 8, 12, 3)).astype("float32")
+def test_images_in_parts_give_what_they_give_together():
+    x = RNG.normal(size=(6, 8, 12, 3)).astype("float32")
     stem = PatchEmbed(8)
     stem.build(x.shape)
-    upstream = RNG.normal(size=(3, 2, 3, 8)).astype("float32")
-    found = [to_numpy(value) for value in output_and_gradients(stem, x, upstream)]
-    with mock.patch.object(fast, "image_by_image", lambda function, x: function(x)):
-        wanted = [to_numpy(value) for value in output_and_gradients(stem, x, upstream)]
-    assert_same(found, wanted)
+    upstream = RNG.normal(size=(6, 2, 3, 8)).astype("float32")
+
+    def found():
+        with without_gradients():
+            predicted = to_numpy(stem(x))
+        trained = (output_and_gradients(stem, x, upstream, static) for static in (True, False))
+        return [predicted, *(to_numpy(value) for values in trained for value in values)]
+
+    in_parts = found()
+    with mock.patch.object(fast, "in_parts", lambda function, x: function(x)):
+        assert_same(in_parts, found())
 
 
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="shows which way is taken on JAX")
-def test_on_the_cpu_jax_loops_over_the_images_of_the_stem():
-    import jax
-
+@pytest.mark.parametrize("images", [1, 6])
+def test_the_stem_takes_images_in_parts_on_the_cpu(images):
+    """A loop in what JAX and TensorFlow trace, none for one image; four at a time on PyTorch."""
+    backend = keras.backend.backend()
     stem = PatchEmbed(8)
     stem.build((None, 8, 8, 3))
-    weights = [v.value for v in stem.weights]
-    for images, loops in ((3, fast.without_accelerator("jax")), (1, False)):
-        x = np.zeros((images, 8, 8, 3), "float32")
+    x = np.zeros((images, 8, 8, 3), "float32")
+    parts = images > 1 and fast.without_accelerator(backend)
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        graph = tf.function(stem).get_concrete_function(tf.TensorSpec(x.shape)).graph
+        assert parts == any("While" in operation.type for operation in graph.get_operations())
+    elif backend == "jax":
+        import jax
+
+        weights = [v.value for v in stem.weights]
         text = str(jax.make_jaxpr(lambda x: stem.stateless_call(weights, [], x)[0])(x))
-        assert loops == ("scan" in text)
+        assert parts == ("scan" in text)
+    else:
+        sizes = []
+        stem.proj.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+        with without_gradients():
+            stem(x)
+        stem(x)
+        assert sizes == ([4, 2, 6] if parts else [images] * 2)
 
 
 class Added(layers.Layer):
