@@ -43,6 +43,14 @@ COMPILED = {
     "torch": ("compile",),
     "timm": ("compile",),
 }
+FRAMEWORKS = {
+    "tensorflow": ("tensorflow",),
+    "jax": ("jax", "tensorflow"),
+    "torch": ("torch", "tensorflow"),
+    "timm": ("torch",),
+}
+"""What an installation for one library holds. keras-cv needs TensorFlow on every backend."""
+
 REFERENCE = "timm eager"
 BATCHES_A_CALL = 4
 """Batches that one call of `predict` or `fit` is given, as a user would give it several."""
@@ -349,6 +357,9 @@ def accelerator(library):
 def work(case, contestant, answer):
     """Prepare a contestant, then do what is asked on stdin: "repeat", or "end"."""
     library, mode = contestant.split()
+    # keras-cv and TensorFlow load each framework that they find, which would count as memory.
+    for framework in {"tensorflow", "jax", "torch"}.difference(FRAMEWORKS[library]):
+        sys.modules[framework] = None
     if hasattr(os, "sched_setaffinity"):  # before the libraries count the cores
         os.sched_setaffinity(0, range(case["cores"]))
     if library in ("timm", "torch"):
