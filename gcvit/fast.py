@@ -147,7 +147,7 @@ def in_parts(function, x):
     Forward passes of 16 images on two cores: PyTorch, 4 images at a time, 620 ms for 690;
     TensorFlow, one or two, 585 for 628; JAX, one, 525 for 575.
 
-    PyTorch does so where no gradients are wanted. Training on TensorFlow takes 4 % less time so.
+    PyTorch does so where no gradients are wanted. Training on TensorFlow takes 1 to 4 % less so.
     On JAX gradients compute an image's maps once more: a step takes as long as before, and 0.6 GB
     less. In eager mode, TensorFlow and JAX would trace or compile the loop anew in each call.
 
