@@ -68,3 +68,25 @@ def test_ratios_are_taken_within_a_case():
 def test_contestants_are_chosen_by_pattern():
     arguments = bench.parse(["--contestants", "jax *", "timm eager", "--without", "* eager"])
     assert bench.chosen(["jax jit", "jax eager", "timm eager"], arguments) == ["jax jit"]
+
+
+def test_a_variable_of_the_environment_makes_a_second_contestant(monkeypatch, capsys):
+    arguments = bench.parse(["--contestants", "jax jit", "--variable", "A=b=c"])
+    names = bench.chosen(["jax jit", "jax eager"], arguments)
+    assert names == ["jax jit", "jax jit A=b=c"]
+    seen = []
+    started = bench.subprocess.Popen
+
+    def popen(command, **options):
+        seen.append(options["env"])
+        return started([sys.executable, "-c", answers(1.0)], **options)
+
+    monkeypatch.setattr(bench.subprocess, "Popen", popen)
+    monkeypatch.delenv("A", raising=False)
+    records = bench.measure(CASE, names, repetitions=3, seconds=9)
+    assert [r["contestant"] for r in records] == names
+    assert [env.get("A") for env in seen] == [None, "b=c"]
+    assert [env["KERAS_BACKEND"] for env in seen] == ["jax", "jax"]
+    with pytest.raises(SystemExit):
+        bench.parse(["--variable", "A b"])
+    assert "wants NAME=VALUE" in capsys.readouterr().err

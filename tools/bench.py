@@ -23,6 +23,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -356,7 +357,7 @@ def accelerator(library):
 
 def work(case, contestant, answer):
     """Prepare a contestant, then do what is asked on stdin: "repeat", or "end"."""
-    library, mode = contestant.split()
+    library, mode, *_ = contestant.split()
     # keras-cv and TensorFlow load each framework that they find, which would count as memory.
     for framework in {"tensorflow", "jax", "torch"}.difference(FRAMEWORKS[library]):
         sys.modules[framework] = None
@@ -406,6 +407,7 @@ class Contestant:
 
     def __init__(self, name, case):
         self.name = name
+        library, _, *variables = name.split()
         self.log = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--work", json.dumps([case, name])],
@@ -415,8 +417,9 @@ class Contestant:
             text=True,
             env={
                 **os.environ,
-                "KERAS_BACKEND": name.split()[0].replace("timm", "torch"),
+                "KERAS_BACKEND": library.replace("timm", "torch"),
                 "TF_CPP_MIN_LOG_LEVEL": "3",
+                **dict(variable.split("=", 1) for variable in variables),
             },
         )
         self.repetitions = []
@@ -622,20 +625,29 @@ def parse(arguments=None):
     parser.add_argument("--contestants", nargs="+", default=["*"], metavar="PATTERN",
                         help='such as "jax *" "timm eager"; default: all installed')  # fmt: skip
     parser.add_argument("--without", nargs="+", default=[], metavar="PATTERN")
+    parser.add_argument("--variable", metavar="NAME=VALUE",
+                        help="of the environment: each takes part twice")  # fmt: skip
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=60,
                         help="after these, a case ends with its third round or later")  # fmt: skip
     parser.add_argument("--again", action="store_true", help="measure what is measured already")
-    return parser.parse_args(arguments)
+    found = parser.parse_args(arguments)
+    if found.variable and not re.fullmatch(r"\w+=\S+", found.variable):
+        parser.error(f"--variable wants NAME=VALUE without spaces; got {found.variable!r}")
+    return found
 
 
 def chosen(names, arguments):
-    """Return the names that a pattern of --contestants fits and none of --without."""
+    """Return the names that a pattern of --contestants fits and none of --without.
+
+    With --variable, a name stands alone and with that variable behind it.
+    """
     return [
-        name
+        f"{name} {variable}".strip()
         for name in names
         if any(fnmatch.fnmatch(name, pattern) for pattern in arguments.contestants)
         and not any(fnmatch.fnmatch(name, pattern) for pattern in arguments.without)
+        for variable in dict.fromkeys(("", arguments.variable or ""))
     ]
 
 
