@@ -139,8 +139,12 @@ def with_kernel_gradient(function, of_a_part, by_input=None, cut=lambda maps: ma
     return call
 
 
+PIXELS_FOR_PARTS = {"tensorflow": 192**2, "jax": 96**2, "torch": 96**2}
+"""From how many pixels an image has on, `in_parts` saves more in the stem than it costs."""
+
+
 def in_parts(function, x):
-    """Return `function` of maps, on the CPU computed for a few images at a time.
+    """Return `function` of maps, on the CPU computed for a few images at a time if they are large.
 
     A few images' maps stay in the processor's cache, and take the memory that those before them
     left; in xxtiny's stem, each map of 16 images takes 51 MB, and memory that is asked for anew.
@@ -153,30 +157,33 @@ def in_parts(function, x):
 
     Args:
         function: takes (batch, height, width, channels); treats each image by itself.
-        x: (batch, height, width, channels).
+        x: (batch, height, width, channels); none of the last three may be unknown for this.
     """
-    if x.shape[0] == 1:
+    backend = keras.backend.backend()
+    images, *sides = x.shape[:3]
+    large = None not in sides and math.prod(sides) >= PIXELS_FOR_PARTS[backend]
+    if images == 1 or not large or not without_accelerator(backend):
         return function(x)
 
     def of_an_image(image):
         return function(image[None])[0]
 
-    if without_accelerator("torch"):
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        if not tf.executing_eagerly():
+            return tf.map_fn(of_an_image, x, parallel_iterations=2)
+    elif backend == "jax":
+        import jax
+
+        if isinstance(x, jax.core.Tracer):
+            return jax.lax.map(jax.checkpoint(of_an_image), x)
+    else:
         import torch
 
         # A traced graph must not depend on the number of images.
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return torch.cat([function(part) for part in x.split(4)])
-    elif without_accelerator("tensorflow"):
-        import tensorflow as tf
-
-        if not tf.executing_eagerly():
-            return tf.map_fn(of_an_image, x, parallel_iterations=2)
-    elif without_accelerator("jax"):
-        import jax
-
-        if isinstance(x, jax.core.Tracer):
-            return jax.lax.map(jax.checkpoint(of_an_image), x)
     return function(x)
 
 
