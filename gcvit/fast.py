@@ -153,15 +153,15 @@ def in_parts(function, x):
 
     PyTorch does so where no gradients are wanted. On TensorFlow a training step takes 1 to 4 %
     less. On JAX gradients compute an image's maps once more: a step takes as long as before, and
-    0.6 GB less. In eager mode, both would trace or compile the loop anew in each call.
+    0.6 GB less. In eager mode, these two would trace or compile the loop anew in each call.
 
     Args:
         function: takes (batch, height, width, channels); treats each image by itself.
-        x: (batch, height, width, channels); none of the last three may be unknown for this.
+        x: (batch, height, width, channels); all at once where height or width is not known.
     """
     backend = keras.backend.backend()
     images, *sides = x.shape[:3]
-    large = None not in sides and math.prod(sides) >= PIXELS_FOR_PARTS[backend]
+    large = None not in sides and math.prod(sides) >= PIXELS_FOR_PARTS.get(backend, math.inf)
     if images == 1 or not large or not without_accelerator(backend):
         return function(x)
 

@@ -29,15 +29,31 @@ for n, line in enumerate(sys.stdin):
 
 
 @pytest.fixture
-def records(monkeypatch):
-    programs = {"timm eager": answers(3.0), "jax jit": answers(1.5), "torch eager": answers(1, 1)}
+def stand_in(monkeypatch):
+    """Return what starts programs, by contestant, in place of the contestants' own.
+
+    It returns a list that fills with the environments they are started in.
+    """
     started = bench.subprocess.Popen
 
-    def popen(command, **options):
-        name = json.loads(command[-1])[1]
-        return started([sys.executable, "-c", programs[name]], **options)
+    def replace(programs):
+        environments = []
 
-    monkeypatch.setattr(bench.subprocess, "Popen", popen)
+        def popen(command, **options):
+            environments.append(options["env"])
+            name = json.loads(command[-1])[1]
+            return started([sys.executable, "-c", programs[name]], **options)
+
+        monkeypatch.setattr(bench.subprocess, "Popen", popen)
+        return environments
+
+    return replace
+
+
+@pytest.fixture
+def records(stand_in):
+    programs = {"timm eager": answers(3.0), "jax jit": answers(1.5), "torch eager": answers(1, 1)}
+    stand_in(programs)
     return bench.with_ratios(bench.measure(CASE, list(programs), repetitions=3, seconds=9))
 
 
@@ -70,18 +86,11 @@ def test_contestants_are_chosen_by_pattern():
     assert bench.chosen(["jax jit", "jax eager", "timm eager"], arguments) == ["jax jit"]
 
 
-def test_a_variable_of_the_environment_makes_a_second_contestant(monkeypatch, capsys):
+def test_a_variable_of_the_environment_makes_a_second_contestant(monkeypatch, stand_in, capsys):
     arguments = bench.parse(["--contestants", "jax jit", "--variable", "A=b=c"])
     names = bench.chosen(["jax jit", "jax eager"], arguments)
     assert names == ["jax jit", "jax jit A=b=c"]
-    seen = []
-    started = bench.subprocess.Popen
-
-    def popen(command, **options):
-        seen.append(options["env"])
-        return started([sys.executable, "-c", answers(1.0)], **options)
-
-    monkeypatch.setattr(bench.subprocess, "Popen", popen)
+    seen = stand_in(dict.fromkeys(names, answers(1.0)))
     monkeypatch.delenv("A", raising=False)
     records = bench.measure(CASE, names, repetitions=3, seconds=9)
     assert [r["contestant"] for r in records] == names

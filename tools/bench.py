@@ -48,7 +48,7 @@ FRAMEWORKS = {
     "tensorflow": ("tensorflow",),
     "jax": ("jax", "tensorflow"),
     "torch": ("torch", "tensorflow"),
-    "timm": ("torch",),
+    "timm": ("timm", "torch"),
 }
 """What an installation for one library holds. keras-cv needs TensorFlow on every backend."""
 
@@ -359,7 +359,7 @@ def work(case, contestant, answer):
     """Prepare a contestant, then do what is asked on stdin: "repeat", or "end"."""
     library, mode, *_ = contestant.split()
     # keras-cv and TensorFlow load each framework that they find, which would count as memory.
-    for framework in {"tensorflow", "jax", "torch"}.difference(FRAMEWORKS[library]):
+    for framework in set(FRAMEWORKS).difference(FRAMEWORKS[library]):
         sys.modules[framework] = None
     if hasattr(os, "sched_setaffinity"):  # before the libraries count the cores
         os.sched_setaffinity(0, range(case["cores"]))
@@ -625,7 +625,7 @@ def parse(arguments=None):
     parser.add_argument("--contestants", nargs="+", default=["*"], metavar="PATTERN",
                         help='such as "jax *" "timm eager"; default: all installed')  # fmt: skip
     parser.add_argument("--without", nargs="+", default=[], metavar="PATTERN")
-    parser.add_argument("--variable", metavar="NAME=VALUE",
+    parser.add_argument("--variable", default="", metavar="NAME=VALUE",
                         help="of the environment: each takes part twice")  # fmt: skip
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=60,
@@ -647,7 +647,7 @@ def chosen(names, arguments):
         for name in names
         if any(fnmatch.fnmatch(name, pattern) for pattern in arguments.contestants)
         and not any(fnmatch.fnmatch(name, pattern) for pattern in arguments.without)
-        for variable in dict.fromkeys(("", arguments.variable or ""))
+        for variable in dict.fromkeys(("", arguments.variable))
     ]
 
 
