@@ -11,19 +11,21 @@ CASE |= {"batch": 2, "size": 64, "cores": 1}
 
 
 def answers(seconds, ends_after=99):
-    """Return a program that answers as a contestant's process does, `ends_after` times."""
+    """Return a program that answers as a contestant's process does, for so many repetitions."""
     return f"""
 import json, sys
-print(json.dumps(dict(images_a_call=4, calls_a_repetition=1, first_call_s=9.0, accelerator=None)))
+print(json.dumps(dict(images_a_call=4, first_call_s=9.0, accelerator=None, bytes_moved=None)))
 sys.stdout.flush()
+found = dict(
+    settle=dict(calls_a_repetition=1),
+    repeat=dict(seconds={seconds}, cpu_seconds={2 * seconds}, others=0.5),
+    end=dict(peak_bytes=2**20),
+)
 for n, line in enumerate(sys.stdin):
-    if n == {ends_after}:
+    if n > {ends_after}:
         raise MemoryError("no room")
-    end = line.strip() == "end"
-    found = dict(peak_bytes=2**20) if end else dict(
-        seconds={seconds}, cpu_seconds={2 * seconds}, others=0.5)
-    print(json.dumps(found), flush=True)
-    if end:
+    print(json.dumps(found[line.strip()]), flush=True)
+    if line.strip() == "end":
         break
 """
 
@@ -53,8 +55,10 @@ def stand_in(monkeypatch):
 @pytest.fixture
 def records(stand_in):
     programs = {"timm eager": answers(3.0), "jax jit": answers(1.5), "torch eager": answers(1, 1)}
+    programs["torch compile"] = "raise ImportError('not here')"
     stand_in(programs)
-    return bench.with_ratios(bench.measure(CASE, list(programs), repetitions=3, seconds=9))
+    contestants = (bench.Contestant(name, CASE) for name in programs)
+    return bench.with_ratios(bench.measure(CASE, contestants, repetitions=3, seconds=9))
 
 
 def test_each_contestant_is_measured_and_one_that_fails_is_told(records):
@@ -64,6 +68,16 @@ def test_each_contestant_is_measured_and_one_that_fails_is_told(records):
     assert ours["cpu_median_s"] == 1.5 and ours["compile_s"] == 7.5 and ours["repetitions"] == 3
     assert ours["times_timm_eager"] == 2 and by_name["timm eager"]["times_timm_eager"] == 1
     assert by_name["torch eager"]["error"] == "MemoryError: no room"
+    assert by_name["torch compile"]["error"] == "ImportError: not here"
+
+
+def test_one_that_is_not_ready_in_time_is_left_out(stand_in):
+    stand_in({"jax jit": "import time; time.sleep(60)", "timm eager": answers(1.0)})
+    slow, quick = (bench.Contestant(name, CASE) for name in ("jax jit", "timm eager"))
+    quick.prepare()
+    slow.prepare(until=bench.time.perf_counter())
+    records = bench.measure(CASE, [slow, quick], repetitions=3, seconds=9)
+    assert [record.get("error") for record in records] == ["not ready in time", None]
 
 
 def test_the_table_has_a_row_for_each(records):
@@ -92,7 +106,8 @@ def test_a_variable_of_the_environment_makes_a_second_contestant(monkeypatch, st
     assert names == ["jax jit", "jax jit A=b=c"]
     seen = stand_in(dict.fromkeys(names, answers(1.0)))
     monkeypatch.delenv("A", raising=False)
-    records = bench.measure(CASE, names, repetitions=3, seconds=9)
+    contestants = (bench.Contestant(name, CASE) for name in names)
+    records = bench.measure(CASE, contestants, repetitions=3, seconds=9)
     assert [r["contestant"] for r in records] == names
     assert [env.get("A") for env in seen] == [None, "b=c"]
     assert [env["KERAS_BACKEND"] for env in seen] == ["jax", "jax"]

@@ -2,12 +2,14 @@
 
     python tools/bench.py                      # xxtiny, batches of 1 and 16, 224 and 448 px
     python tools/bench.py --list               # the contestants that are installed here
-    python tools/bench.py --precisions float32 bfloat16 --batches 1 32 256    # an accelerator
+    python tools/bench.py --precisions float32 bfloat16 --batches 1 32 256 --at-once 300
 
 A case is a task (a forward pass or a training step) at one batch, image size, precision and
 preset. Each contestant of a case has a process of its own, which is warmed up and then waits
 until it is asked for one timed repetition: the contestants take turns, round after round, so
-that what disturbs the machine disturbs all of them. Only one process works at a time.
+that what disturbs the machine disturbs all of them. Only one process works at a time; but with
+--at-once, those of all cases prepare and compile side by side before the first turn, which suits a
+machine with many cores that is lent by the minute. Compile times then say little.
 
 Each finished case is written to the results and skipped next time, so that a sitting can be
 cut off; --again measures the chosen cases anew. A contestant that fails is recorded with its
@@ -18,12 +20,14 @@ import argparse
 import contextlib
 import datetime
 import fnmatch
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
 import json
 import os
 import re
+import select
 import shlex
 import statistics
 import subprocess
@@ -94,6 +98,7 @@ def timm_call(case, mode):
     import timm
     import torch
 
+    same_precision()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = timm.create_model(case["preset"], img_size=case["size"], drop_path_rate=0.2)
     model = model.to(device).train(case["task"] == "step")
@@ -117,6 +122,13 @@ def timm_call(case, mode):
         return loss
 
     return torch_synchronized(step if case["task"] == "step" else forward), len(x)
+
+
+def same_precision():
+    """Let PyTorch take float32's products in TensorFloat-32 on an accelerator, as JAX does."""
+    import torch
+
+    torch.set_float32_matmul_precision("high")
 
 
 def torch_synchronized(function):
@@ -214,7 +226,6 @@ def jax_call(case, mode, model, loss, optimizer, images, labels):
     import jax
 
     x, y = jax.numpy.asarray(images), jax.numpy.asarray(labels)
-    jit = (lambda f, **_: f) if mode == "eager" else jax.jit
     state = [
         [v.value for v in variables]
         for variables in (
@@ -224,8 +235,8 @@ def jax_call(case, mode, model, loss, optimizer, images, labels):
         )
     ]
     if case["task"] == "forward":
-        forward = jit(lambda a, b, x: model.stateless_call(a, b, x, training=False)[0])
-        return lambda: forward(*state[:2], x).block_until_ready()
+        forward = Program(lambda a, b, x: model.stateless_call(a, b, x, training=False)[0], mode)
+        return Counted(lambda: forward(*state[:2], x).block_until_ready(), forward)
 
     def loss_and_state(weights, rest, x, y):
         logits, rest = model.stateless_call(weights, rest, x, training=True)
@@ -240,18 +251,50 @@ def jax_call(case, mode, model, loss, optimizer, images, labels):
         return [weights, rest, slots], value
 
     # As Keras does: the old weights' memory is given to the new ones.
-    step = jit(step, donate_argnums=0)
+    program = Program(step, mode, donate_argnums=0)
 
     def call():
-        state[:], _ = jax.block_until_ready(step(state, x, y))
+        state[:], _ = jax.block_until_ready(program(state, x, y))
 
-    return call
+    return Counted(call, program)
+
+
+class Program:
+    """A function that JAX compiles at its first call, or runs as it stands in mode "eager"."""
+
+    def __init__(self, function, mode, **options):
+        self.function, self.mode, self.options = function, mode, options
+        self.compiled = None
+
+    def __call__(self, *args):
+        import jax
+
+        if self.mode == "eager":
+            return self.function(*args)
+        if self.compiled is None:
+            self.compiled = jax.jit(self.function, **self.options).lower(*args).compile()
+        return self.compiled(*args)
+
+    def bytes_moved(self):
+        """Return what all its operations read and write, as XLA counts; None if not compiled."""
+        return self.compiled.cost_analysis()["bytes accessed"] if self.compiled else None
+
+
+class Counted:
+    """A call, and the program that it runs."""
+
+    def __init__(self, call, program):
+        self.call, self.bytes_moved = call, program.bytes_moved
+
+    def __call__(self):
+        return self.call()
 
 
 def torch_call(case, mode, model, loss, optimizer, images, labels):
     import keras
     import torch
 
+    same_precision()
     x = keras.ops.convert_to_tensor(images)
     y = keras.ops.convert_to_tensor(labels)
     weights = model.trainable_variables
@@ -356,7 +399,7 @@ def accelerator(library):
 
 
 def work(case, contestant, answer):
-    """Prepare a contestant, then do what is asked on stdin: "repeat", or "end"."""
+    """Prepare a contestant, then do what is asked on stdin: "settle", "repeat", or "end"."""
     library, mode, *_ = contestant.split()
     # keras-cv and TensorFlow load each framework that they find, which would count as memory.
     for framework in set(FRAMEWORKS).difference(FRAMEWORKS[library]):
@@ -370,22 +413,24 @@ def work(case, contestant, answer):
     prepared = time.perf_counter()
     call()
     first = time.perf_counter() - prepared
-    again = time.perf_counter()
-    call()
-    seconds = time.perf_counter() - again
-    calls = max(1, round(LONG_ENOUGH / seconds))
-    memory = Memory(library)
-    memory.reset()
     answer(
         images_a_call=images,
-        calls_a_repetition=calls,
         prepare_s=prepared - began,
         first_call_s=first,
         accelerator=accelerator(library),
+        bytes_moved=call.bytes_moved() if isinstance(call, Counted) else None,
     )
     for line in sys.stdin:
         if line.strip() == "end":
             break
+        if line.strip() == "settle":
+            began = time.perf_counter()
+            call()
+            calls = max(1, round(LONG_ENOUGH / (time.perf_counter() - began)))
+            memory = Memory(library)
+            memory.reset()
+            answer(calls_a_repetition=calls)
+            continue
         # What the others have put out of the caches comes back, and memory from the system,
         # which takes a virtual machine as long again as the work.
         call()
@@ -403,10 +448,10 @@ def work(case, contestant, answer):
 
 
 class Contestant:
-    """A process that waits for what it is asked."""
+    """A process that prepares, then waits for what it is asked."""
 
     def __init__(self, name, case):
-        self.name = name
+        self.name, self.began = name, time.perf_counter()
         library, _, *variables = name.split()
         self.log = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up
         self.process = subprocess.Popen(
@@ -419,11 +464,33 @@ class Contestant:
                 **os.environ,
                 "KERAS_BACKEND": library.replace("timm", "torch"),
                 "TF_CPP_MIN_LOG_LEVEL": "3",
+                # On an accelerator, JAX takes three quarters of the memory otherwise.
+                "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
                 **dict(variable.split("=", 1) for variable in variables),
             },
         )
         self.repetitions = []
-        self.found = self.hear()
+        self.found = self.error = None
+
+    def prepare(self, until=None):
+        """Wait until it is ready, or has failed: then `error` says why.
+
+        Args:
+            until: the time, as `time.perf_counter` tells it, when it fails at the latest.
+        """
+        if self.found or self.error:
+            return
+        left = None if until is None else max(0.0, until - time.perf_counter())
+        try:
+            if not select.select([self.process.stdout], [], [], left)[0]:
+                self.process.kill()
+                self.process.wait()
+                raise RuntimeError("not ready in time")
+            self.found = self.hear()
+        except RuntimeError as error:
+            self.error = str(error)
+        waited = time.perf_counter() - self.began
+        print(f"  {self.name}: {self.error or 'ready'} after {waited:.1f} s", flush=True)
 
     def ask(self, what):
         self.process.stdin.write(what + "\n")
@@ -440,43 +507,50 @@ class Contestant:
         said = self.log.read().strip().splitlines()
         raise RuntimeError(said[-1][:300] if said else f"ended with {self.process.returncode}")
 
+    def repeat(self):
+        try:
+            self.repetitions.append(self.ask("repeat"))
+        except RuntimeError as error:
+            self.error = str(error)
+
     def end(self):
         self.found |= self.ask("end")
         self.process.communicate()
 
 
-def measure(case, names, repetitions, seconds):
-    """Let the contestants of a case take turns; return a record for each."""
-    records, taking_part = [], []
-    for name in names:
-        began = time.perf_counter()
-        try:
-            taking_part.append(Contestant(name, case))
-            print(f"  {name}: ready after {time.perf_counter() - began:.1f} s", flush=True)
-        except RuntimeError as error:
-            records.append({**case, "contestant": name, "error": str(error)})
-            print(f"  {name}: {error}", flush=True)
+def measure(case, contestants, repetitions, seconds):
+    """Let the contestants of a case take turns; return a record for each.
+
+    Args:
+        case: what `CASE` names.
+        contestants: an iterable. One is made ready before it is asked for the next.
+        repetitions: of each, at most.
+        seconds: after which a case ends with its third round or later.
+    """
+    everyone = []
+    for contestant in contestants:
+        everyone.append(contestant)
+        contestant.prepare()
+        if not contestant.error:
+            contestant.found |= contestant.ask("settle")
     began = time.perf_counter()
     for round_ in range(repetitions):
         if round_ >= 3 and time.perf_counter() - began > seconds:
             break
-        for contestant in list(taking_part):
-            try:
-                contestant.repetitions.append(contestant.ask("repeat"))
-            except RuntimeError as error:
-                records.append({**case, "contestant": contestant.name, "error": str(error)})
-                taking_part.remove(contestant)
-    for contestant in taking_part:
-        contestant.end()
-        records.append(record(case, contestant))
+        for contestant in everyone:
+            if not contestant.error:
+                contestant.repeat()
+    for contestant in everyone:
+        if not contestant.error:
+            contestant.end()
     today = datetime.date.today().isoformat()
-    return [
-        {**r, "date": today} for r in sorted(records, key=lambda r: names.index(r["contestant"]))
-    ]
+    return [{**record(case, contestant), "date": today} for contestant in everyone]
 
 
 def record(case, contestant):
-    """Return a contestant's numbers: medians and quartiles of the seconds of a batch."""
+    """Return a contestant's numbers, medians and quartiles of the seconds of a batch, or error."""
+    if contestant.error:
+        return {**case, "contestant": contestant.name, "error": contestant.error}
     found = contestant.found
     batches = found["images_a_call"] / case["batch"]
 
@@ -505,6 +579,7 @@ def record(case, contestant):
         # What the first call took beyond a usual one: tracing and compiling.
         "compile_s": max(0.0, found["first_call_s"] - median * batches),
         "peak_bytes": found["peak_bytes"],
+        "bytes_moved": found["bytes_moved"],
         "accelerator": found["accelerator"],
     }
 
@@ -630,6 +705,9 @@ def parse(arguments=None):
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=60,
                         help="after these, a case ends with its third round or later")  # fmt: skip
+    parser.add_argument("--at-once", type=float, metavar="SECONDS",
+                        help="prepare the contestants of all cases at once, and leave out those "
+                        "that are not ready after these")  # fmt: skip
     parser.add_argument("--again", action="store_true", help="measure what is measured already")
     found = parser.parse_args(arguments)
     if found.variable and not re.fullmatch(r"\w+=\S+", found.variable):
@@ -673,6 +751,7 @@ def main():
     results = {"records": []}
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text(encoding="utf-8"))
+    sitting = []
     for task, preset, precision, batch, size in itertools.product(
         arguments.tasks,
         arguments.presets,
@@ -682,17 +761,26 @@ def main():
     ):
         values = (task, preset, precision, arguments.windows, batch, size, arguments.cores)
         case = dict(zip(CASE, values, strict=True))
-        others = [r for r in results["records"] if case_of(r) != case]
-        if len(others) < len(results["records"]) and not arguments.again:
+        if any(case_of(r) == case for r in results["records"]) and not arguments.again:
             print(f"{title(case)}: in {arguments.out} already; --again measures it anew")
             continue
-        print(title(case), flush=True)
         names = chosen(contestants(task), arguments)
-        new = measure(case, names, arguments.repetitions, arguments.seconds)
+        sitting.append((case, map(functools.partial(Contestant, case=case), names)))
+    if arguments.at_once:
+        sitting = [(case, list(starting)) for case, starting in sitting]
+        until = time.perf_counter() + arguments.at_once
+        for contestant in itertools.chain.from_iterable(started for _, started in sitting):
+            contestant.prepare(until)
+    for case, starting in sitting:
+        print(title(case), flush=True)
+        new = measure(case, starting, arguments.repetitions, arguments.seconds)
+        others = [r for r in results["records"] if case_of(r) != case]
         results = {
             "commands": list(dict.fromkeys([*results.get("commands", []), command])),
             "hardware": hardware(),
-            "accelerator": next((r["accelerator"] for r in new if r.get("accelerator")), None),
+            "accelerator": next(
+                (r["accelerator"] for r in new if r.get("accelerator")), results.get("accelerator")
+            ),
             "versions": {
                 name: importlib.metadata.version(name)
                 for name in PACKAGES
