@@ -114,3 +114,13 @@ def test_a_variable_of_the_environment_makes_a_second_contestant(monkeypatch, st
     with pytest.raises(SystemExit):
         bench.parse(["--variable", "A b"])
     assert "wants NAME=VALUE" in capsys.readouterr().err
+
+
+def test_a_hidden_package_is_as_if_not_installed(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.delitem(sys.modules, "wave", raising=False)
+    bench.hide({"wave"})
+    assert bench.importlib.util.find_spec("wave") is None
+    with pytest.raises(ModuleNotFoundError, match="wave"):
+        import wave  # noqa: F401
+    assert bench.importlib.util.find_spec("json.decoder") is not None

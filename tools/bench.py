@@ -21,6 +21,7 @@ import contextlib
 import datetime
 import fnmatch
 import functools
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import itertools
@@ -398,12 +399,22 @@ def accelerator(library):
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
+def hide(packages):
+    """Let this process find none of the packages, as if they were not installed."""
+
+    class Finder(importlib.machinery.PathFinder):
+        @classmethod
+        def find_spec(cls, name, *args):
+            return None if name.split(".")[0] in packages else super().find_spec(name, *args)
+
+    sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
+
+
 def work(case, contestant, answer):
     """Prepare a contestant, then do what is asked on stdin: "settle", "repeat", or "end"."""
     library, mode, *_ = contestant.split()
     # keras-cv and TensorFlow load each framework that they find, which would count as memory.
-    for framework in set(FRAMEWORKS).difference(FRAMEWORKS[library]):
-        sys.modules[framework] = None
+    hide(set(FRAMEWORKS).difference(FRAMEWORKS[library]))
     if hasattr(os, "sched_setaffinity"):  # before the libraries count the cores
         os.sched_setaffinity(0, range(case["cores"]))
     if library in ("timm", "torch"):
