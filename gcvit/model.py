@@ -1,6 +1,7 @@
 """Chapter 7: the whole model, and the presets that build it."""
 
 import difflib
+import functools
 
 import keras
 import numpy as np
@@ -238,6 +239,10 @@ class GCViT(keras.Model):
     # Keras's JAX trainer tells whether it trains only to a model whose call takes `training`.
     def call(self, images, training=None):
         self._check_images(images.shape)
+        run = functools.partial(self._run, training=training)
+        return run(images) if training else fast.as_one(run, images)
+
+    def _run(self, images, training):
         x = self.pos_drop(self.patch_embed(images), training=training)
         for level in self.levels:
             x = level(x, training=training)

@@ -9,7 +9,7 @@ import pytest
 from conftest import to_numpy
 from keras import layers
 
-from gcvit import MLP, PatchEmbed, WindowAttention, fast
+from gcvit import MLP, GCViT, PatchEmbed, WindowAttention, fast
 from gcvit.unit_blocks import run
 
 pytestmark = pytest.mark.numerics
@@ -284,3 +284,31 @@ def test_on_the_cpu_xla_is_given_no_depthwise_convolution():
     step = jax.grad(lambda w, x: layer.stateless_call(w, [], x)[0].sum())
     text = str(jax.make_jaxpr(step)(weights, np.zeros((1, 8, 8, 4), "float32")))
     assert fast.without_accelerator("jax") == ("conv_general_dilated" not in text)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's graphs")
+@pytest.mark.parametrize(
+    ("known", "training", "dtype", "as_one"),
+    [
+        (1, False, "float32", True),
+        (4, False, "float32", True),
+        (5, False, "float32", False),
+        (None, False, "float32", False),
+        (1, True, "float32", False),
+        (1, False, "mixed_bfloat16", False),
+    ],
+)
+def test_xla_compiles_the_forward_pass_of_a_few_images(known, training, dtype, as_one):
+    import tensorflow as tf
+
+    model = GCViT((2,), 4, (2,), (1,), num_classes=3, mlp_ratio=1.0, path_drop=0, dtype=dtype)
+    images = RNG.normal(size=(known or 2, 32, 40, 3)).astype("float32")
+    eagerly = to_numpy(model(images, training=training))
+    signature = [tf.TensorSpec((known, *images.shape[1:]))]
+    graph = tf.function(lambda x: model(x, training=training), input_signature=signature)
+    outside = graph.get_concrete_function().graph
+    compiles = as_one and fast.without_accelerator("tensorflow")
+    assert compiles == all(operation.type != "Conv2D" for operation in outside.get_operations())
+    assert not compiles or "_XlaMustCompile" in str(outside.as_graph_def())
+    atol = 1e-6 if dtype == "float32" else 1e-2
+    np.testing.assert_allclose(to_numpy(graph(images)), eagerly, atol=atol)
