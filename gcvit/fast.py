@@ -188,8 +188,8 @@ def in_parts(function, x):
     return function(x)
 
 
-IMAGES_AT_ONCE = 4
-"""Up to how many images XLA computes a forward pass faster than TensorFlow does."""
+PIXELS_AT_ONCE = 2 * 256**2
+"""Up to how many pixels, of all images, XLA computes a forward pass faster than TensorFlow."""
 
 _under_xla = contextvars.ContextVar("under_xla", default=False)
 
@@ -198,15 +198,17 @@ def as_one(function, images):
     """Return `function(images)`, in TensorFlow's graphs on the CPU as XLA compiles it for a few.
 
     TensorFlow hands each small operation to its other threads, which costs more than it saves;
-    XLA makes fewer and larger ones. On two cores, xxtiny's forward pass takes 46 ms for 59 for one
-    image, 72 for 81 for two, 125 for 138 for four, and 520 for 440 for 16. XLA takes 3 s for each
-    number of images; one that is not known before, as in `predict`, is left to TensorFlow.
+    XLA makes fewer and larger ones. On two cores, xxtiny's forward pass takes 46 ms for 59 for an
+    image of 224 px, 72 for 81 for two, 11 for 25 for one of 64 px, 81 for 108 for eight of 128 px;
+    but 217 for 198 for one of 448 px, and 520 for 440 for 16 of 224 px. XLA takes 3 s for each
+    shape; one that is not known before, as in `predict`, is left to TensorFlow.
 
     Args:
         function: takes the images, and trains nothing.
         images: (batch, height, width, channels).
     """
-    few = images.shape[0] is not None and images.shape[0] <= IMAGES_AT_ONCE
+    shape = images.shape[:3]
+    few = None not in shape and math.prod(shape) <= PIXELS_AT_ONCE
     measured = few and images.dtype == "float32" and not isinstance(images, keras.KerasTensor)
     if not measured or not without_accelerator("tensorflow"):
         return function(images)
