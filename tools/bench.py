@@ -129,7 +129,8 @@ def same_precision():
     """Let PyTorch take float32's products in TensorFloat-32 on an accelerator, as JAX does."""
     import torch
 
-    torch.set_float32_matmul_precision("high")
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
 
 
 def torch_synchronized(function):
