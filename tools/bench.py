@@ -2,6 +2,7 @@
 
     python tools/bench.py                      # xxtiny, batches of 1 and 16, 224 and 448 px
     python tools/bench.py --list               # the contestants that are installed here
+    python tools/bench.py --limits             # what the machine can do at most, by PyTorch
     python tools/bench.py --precisions float32 bfloat16 --batches 1 32 256 --at-once 300
 
 A case is a task (a forward pass or a training step) at one batch, image size, precision and
@@ -383,6 +384,38 @@ def machine_busy():
     return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
 
 
+def limits():
+    """Return how many bytes a second a copy moves here, and operations a second products take.
+
+    Bytes count as read and as written, a multiplication with its addition as two operations.
+    Measured through PyTorch, in float32 (on an accelerator in TensorFloat-32) and bfloat16.
+    """
+    import torch
+
+    same_precision()
+    on_device = torch.cuda.is_available()
+    device, numbers, side = ("cuda", 2**30, 8192) if on_device else ("cpu", 2**26, 2048)
+
+    def seconds(function):
+        call = torch_synchronized(function)
+        call()
+        took = []
+        for _ in range(10):
+            began = time.perf_counter()
+            call()
+            took.append(time.perf_counter() - began)
+        return statistics.median(took)
+
+    x = torch.randn(numbers, device=device)
+    copy = torch.empty_like(x)
+    found = {"copy_bytes_per_s": 2 * x.nbytes / seconds(lambda: copy.copy_(x))}
+    for name in ("float32", "bfloat16"):
+        square = torch.randn(side, side, device=device, dtype=getattr(torch, name))
+        took = seconds(lambda square=square: square @ square)
+        found[f"{name}_operations_per_s"] = 2 * side**3 / took
+    return found
+
+
 def accelerator(library):
     """Return the name of the device that a library computes on, or None for a CPU."""
     if library == "jax":
@@ -636,9 +669,10 @@ def title(case):
 
 def tables(results):
     """Return the results as Markdown: a table for each case."""
+    how = ", ".join(f"`{command}`" for command in results["commands"]) or results["note"]
     lines = [
         f"Measured on {results['hardware']}, {results['accelerator'] or 'no accelerator'}, "
-        f"by {', '.join(f'`{command}`' for command in results['commands'])}; "
+        f"by {how}; "
         + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
         + ". Seconds are those of a batch: the median, and the quartiles in brackets. Compile "
         "time is what the first call took beyond a usual one. Peak memory is "
@@ -696,6 +730,8 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--list", action="store_true", help="list the contestants and stop")
+    parser.add_argument("--limits", action="store_true",
+                        help="print what the machine can do at most, and stop")  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tasks", nargs="+", choices=["forward", "step"], metavar="TASK",
                         default=["forward", "step"])  # fmt: skip
@@ -757,6 +793,8 @@ def main():
         for task in arguments.tasks:
             print(f"{task}: {', '.join(chosen(contestants(task), arguments))}")
         return None
+    if arguments.limits:
+        return print(json.dumps(limits()))
     command = shlex.join(["python", "tools/bench.py", *sys.argv[1:]])
     if tunables := os.environ.get("GLIBC_TUNABLES"):  # how memory is handed over changes the times
         command = f"GLIBC_TUNABLES={shlex.quote(tunables)} {command}"
