@@ -188,8 +188,11 @@ def in_parts(function, x):
     return function(x)
 
 
-PIXELS_AT_ONCE = 2 * 256**2
-"""Up to how many pixels, of all images, XLA computes a forward pass faster than TensorFlow."""
+FEW = 2
+"""Up to how many images `as_one` compiles. Evaluating many would wait for XLA, and gain less."""
+
+PIXELS_AS_ONE = 256**2
+"""Up to how many pixels of an image XLA computes a forward pass faster than TensorFlow."""
 
 _under_xla = contextvars.ContextVar("under_xla", default=False)
 
@@ -199,16 +202,16 @@ def as_one(function, images):
 
     TensorFlow hands each small operation to its other threads, which costs more than it saves;
     XLA makes fewer and larger ones. On two cores, xxtiny's forward pass takes 46 ms for 59 for an
-    image of 224 px, 72 for 81 for two, 11 for 25 for one of 64 px, 81 for 108 for eight of 128 px;
-    but 217 for 198 for one of 448 px, and 520 for 440 for 16 of 224 px. XLA takes 3 s for each
-    shape; one that is not known before, as in `predict`, is left to TensorFlow.
+    image of 224 px, 72 for 81 for two, 11 for 25 for one of 64 px; but 217 for 198 for one of
+    448 px, and 520 for 440 for 16 of 224 px. XLA takes 3 s for each shape. So larger batches are
+    left to TensorFlow, and those whose size is not known before.
 
     Args:
         function: takes the images, and trains nothing.
         images: (batch, height, width, channels).
     """
     shape = images.shape[:3]
-    few = None not in shape and math.prod(shape) <= PIXELS_AT_ONCE
+    few = None not in shape and shape[0] <= FEW and math.prod(shape[1:]) <= PIXELS_AS_ONE
     measured = few and images.dtype == "float32" and not isinstance(images, keras.KerasTensor)
     if not measured or not without_accelerator("tensorflow"):
         return function(images)

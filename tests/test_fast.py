@@ -291,8 +291,8 @@ def test_on_the_cpu_xla_is_given_no_depthwise_convolution():
     ("known", "training", "dtype", "as_one"),
     [
         (1, False, "float32", True),
-        (102, False, "float32", True),
-        (103, False, "float32", False),
+        (2, False, "float32", True),
+        (3, False, "float32", False),
         (None, False, "float32", False),
         (1, True, "float32", False),
         (1, False, "mixed_bfloat16", False),
