@@ -210,12 +210,14 @@ def as_one(function, images):
         function: takes the images, and trains nothing.
         images: (batch, height, width, channels).
     """
+    if not without_accelerator("tensorflow") or isinstance(images, keras.KerasTensor):
+        return function(images)  # looking at a batch's size would fix it in PyTorch's export
+    import tensorflow as tf
+
     shape = images.shape[:3]
     few = None not in shape and shape[0] <= FEW and math.prod(shape[1:]) <= PIXELS_AS_ONE
-    measured = few and images.dtype == "float32" and not isinstance(images, keras.KerasTensor)
-    if not measured or not without_accelerator("tensorflow"):
+    if not few or images.dtype != "float32":
         return function(images)
-    import tensorflow as tf
 
     if tf.executing_eagerly():
         return function(images)
