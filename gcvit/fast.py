@@ -216,10 +216,7 @@ def as_one(function, images):
 
     shape = images.shape[:3]
     few = None not in shape and shape[0] <= FEW and math.prod(shape[1:]) <= PIXELS_AS_ONE
-    if not few or images.dtype != "float32":
-        return function(images)
-
-    if tf.executing_eagerly():
+    if not few or images.dtype != "float32" or tf.executing_eagerly():
         return function(images)
     outside = _under_xla.set(True)
     try:

@@ -538,9 +538,28 @@ class Contestant:
         print(f"  {self.name}: {self.error or 'ready'} after {waited:.1f} s", flush=True)
 
     def ask(self, what):
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # of one that has ended: `hear` says why
+            self.process.stdin.write(what + "\n")
+            self.process.stdin.flush()
         return self.hear()
+
+    def settle(self):
+        """Time a call, for the number of calls in a repetition; after a failure, do nothing."""
+        if not self.error:
+            self.found |= self.attempt("settle") or {}
+
+    def repeat(self):
+        """Time a repetition; after a failure, do nothing."""
+        if not self.error and (found := self.attempt("repeat")):
+            self.repetitions.append(found)
+
+    def attempt(self, what):
+        """Return what it answers, or None where it has failed: then `error` says why."""
+        try:
+            return self.ask(what)
+        except RuntimeError as error:
+            self.error = str(error)
+            return None
 
     def hear(self):
         """Return what the process answers; raise RuntimeError where it has ended instead."""
@@ -551,12 +570,6 @@ class Contestant:
         self.log.seek(0)
         said = self.log.read().strip().splitlines()
         raise RuntimeError(said[-1][:300] if said else f"ended with {self.process.returncode}")
-
-    def repeat(self):
-        try:
-            self.repetitions.append(self.ask("repeat"))
-        except RuntimeError as error:
-            self.error = str(error)
 
     def end(self):
         self.found |= self.ask("end")
@@ -576,15 +589,13 @@ def measure(case, contestants, repetitions, seconds):
     for contestant in contestants:
         everyone.append(contestant)
         contestant.prepare()
-        if not contestant.error:
-            contestant.found |= contestant.ask("settle")
+        contestant.settle()
     began = time.perf_counter()
     for round_ in range(repetitions):
         if round_ >= 3 and time.perf_counter() - began > seconds:
             break
         for contestant in everyone:
-            if not contestant.error:
-                contestant.repeat()
+            contestant.repeat()
     for contestant in everyone:
         if not contestant.error:
             contestant.end()
