@@ -39,9 +39,10 @@ test-unit: install ## Run the unit tests: all on TensorFlow, those of numbers on
 	done
 
 # The trainings of chapters 8 and 12 are cut short: make book runs them as readers do. On two
-# cores, a third worker keeps both busy while another waits for its kernel.
+# cores, a third worker keeps both busy while another waits for its kernel. TensorFlow does not
+# split operations over threads that other kernels need.
 test-book: install ## Run every chapter, as a reader's Jupyter would
-	GCVIT_RUN=$${GCVIT_RUN:-brief} $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -n 3 --dist worksteal book
+	GCVIT_RUN=$${GCVIT_RUN:-brief} TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -n 3 --dist worksteal book
 
 test-colab: install ## Run every chapter as Colab would: an empty folder, no clone
 	$(BIN)/python tools/colab_run.py --jobs 2
