@@ -25,24 +25,26 @@ def watched(model):
     return {name: next(v for v in variables if v.path.endswith(name)) for name in WEIGHTS}
 
 
-def gradients(model, images, weights_of_logits):
-    """Return d(sum of weighted logits) by the images and by the watched weights."""
+def logits_and_gradients(model, images, weights_of_logits):
+    """Return the logits, and d(their weighted sum) by the images and by the watched weights."""
     variables = list(watched(model).values())
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         x = tf.Variable(images)
         with tf.GradientTape() as tape:
-            total = tf.reduce_sum(model(x, training=False) * weights_of_logits)
+            logits = model(x, training=False)
+            total = tf.reduce_sum(logits * weights_of_logits)
         found = tape.gradient(total, [x, *(v.value for v in variables)])
-        return [tf.convert_to_tensor(value).numpy() for value in found]
+        return [tf.convert_to_tensor(value).numpy() for value in (logits, *found)]
     if keras.backend.backend() == "torch":
         import torch
 
         x = torch.tensor(images, requires_grad=True)
-        total = (model(x, training=False) * torch.tensor(weights_of_logits)).sum()
+        logits = model(x, training=False)
+        total = (logits * torch.tensor(weights_of_logits)).sum()
         found = torch.autograd.grad(total, [x, *(v.value for v in variables)])
-        return [value.numpy() for value in found]
+        return [value.detach().numpy() for value in (logits, *found)]
     import jax
 
     places = [[id(v) for v in model.trainable_variables].index(id(v)) for v in variables]
@@ -54,20 +56,17 @@ def gradients(model, images, weights_of_logits):
         for place, value in zip(places, few, strict=True):
             every[place] = value
         logits, _ = model.stateless_call(every, state, x, training=False)
-        return (logits * weights_of_logits).sum()
+        return (logits * weights_of_logits).sum(), logits
 
-    by_x, by_few = jax.jit(jax.grad(total, (0, 1)))(images, [values[place] for place in places])
-    return [np.asarray(value) for value in (by_x, *by_few)]
+    both = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))
+    (_, logits), (by_x, by_few) = both(images, [values[place] for place in places])
+    return [np.asarray(value) for value in (logits, by_x, *by_few)]
 
 
 def report(model, given):
     """Return what the backends are compared by: logits and gradients, as a dict of arrays."""
-    images, weights_of_logits = given["images"], given["weights_of_logits"]
-    found = gradients(model, images, weights_of_logits)
-    return {
-        "logits": model.predict(images, verbose=0),
-        **dict(zip(("images", *WEIGHTS), found, strict=True)),
-    }
+    found = logits_and_gradients(model, given["images"], given["weights_of_logits"])
+    return dict(zip(("logits", "images", *WEIGHTS), found, strict=True))
 
 
 def load_and_report(folder):
@@ -130,4 +129,4 @@ def test_saved_here_loaded_there(backend, folder):
         assert np.linalg.norm(here[name]) > 0 and difference < 1e-4, (name, difference)
     back = keras.saving.load_model(folder / f"{backend}.keras", safe_mode=True)
     images = np.load(folder / "given.npz")["images"]
-    np.testing.assert_allclose(back.predict(images, verbose=0), here["logits"], atol=2e-5)
+    np.testing.assert_allclose(back(images), here["logits"], atol=2e-5)
