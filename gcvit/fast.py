@@ -201,10 +201,10 @@ def as_one(function, images):
     """Return `function(images)`, in TensorFlow's graphs on the CPU as XLA compiles it for a few.
 
     TensorFlow hands each small operation to its other threads, which costs more than it saves;
-    XLA makes fewer and larger ones. On two cores, xxtiny's forward pass takes 46 ms for 59 for an
-    image of 224 px, 72 for 81 for two, 11 for 25 for one of 64 px; but 217 for 198 for one of
-    448 px, and 520 for 440 for 16 of 224 px. XLA takes 3 s for each shape. So larger batches are
-    left to TensorFlow, and those whose size is not known before.
+    XLA makes fewer and larger ones. On two cores, xxtiny's forward pass takes 46 ms, not 59, for
+    an image of 224 px, 72, not 81, for two, 11, not 25, for one of 64 px; but 217, not 198, for
+    one of 448 px, and 520, not 440, for 16 of 224 px. XLA takes 3 s for each shape. So larger
+    batches are left to TensorFlow, and those whose size is not known before.
 
     Args:
         function: takes the images, and trains nothing.
@@ -264,7 +264,7 @@ class DepthwiseConv2D(layers.DepthwiseConv2D):
     """Keras's layer, for a window of 3x3, stride 1, without padding and bias.
 
     Where XLA compiles it for the CPU, on JAX and in `as_one`, the sum of nine shifted maps, each
-    times its weights: 2 ms for 62. On PyTorch on the CPU, the map `as_it_lies`, with `pad` zeros
+    times its weights: 2 ms, not 62. On PyTorch on the CPU, the map `as_it_lies`, with `pad` zeros
     that it adds on each side: see `joined`.
     """
 
@@ -295,7 +295,7 @@ class DepthwiseConv2D(layers.DepthwiseConv2D):
 class Conv2D(layers.Conv2D):
     """Keras's layer, for a window of 1x1, or of 3x3 without padding.
 
-    On JAX on the CPU, a window of 1x1 is a matrix `product`, which takes 3 ms for 4, and the
+    On JAX on the CPU, a window of 1x1 is a matrix `product`, which takes 3 ms, not 4, and the
     gradients of one of 3x3 are products and sums of shifted maps. XLA's own gradient by the
     maps took 294 ms in the stem, for 16 images, where this takes about 90. On PyTorch on the
     CPU, the map `as_it_lies`, with `pad` zeros that it adds on each side: see `joined`.
@@ -397,8 +397,8 @@ class Dense(layers.Dense):
 class LayerNormalization(layers.LayerNormalization):
     """Keras's layer over the last axis, with both passes of its own on TensorFlow on the CPU.
 
-    Forwards, oneDNN's one operation in place of seven: 1.4 ms for 4.4, for 16 maps of 56 x 56 x 64
-    on two cores. Backwards, as XLA compiles it: 4.5 ms for 9.4. It keeps only the layer's input,
+    Forwards, oneDNN's one operation in place of a row: 1.4 ms, not 4.4, for 16 maps of 56 x 56 x 64
+    on two cores. Backwards, as XLA compiles it: 4.5 ms, not 9.4. It keeps only the layer's input,
     where TensorFlow would keep a map for each step of the formula.
     """
 
@@ -468,7 +468,7 @@ class Activation(layers.Activation):
     """Keras's layer, with a faster exact GELU in float32 on TensorFlow and JAX on the CPU.
 
     Keras writes GELU with erfc, which keeps digits of values near zero that float32 has
-    no use for here. With erf, 192 channels take 9 ms for 18 on TensorFlow, 3 for 8 on JAX.
+    no use for here. With erf, 192 channels take 9 ms, not 18, on TensorFlow, 3, not 8, on JAX.
     A training step on TensorFlow has XLA compile it and its gradient. That took xxtiny's step
     from 1.66 to 1.50 s for 16 images, on two cores.
     """
