@@ -56,7 +56,7 @@ def stand_in(monkeypatch):
 def records(stand_in):
     programs = {"timm eager": answers(3.0), "jax jit": answers(1.5), "torch eager": answers(1, 1)}
     programs["torch compile"] = "raise ImportError('not here')"
-    programs["jax eager"] = answers(1, -1)
+    programs |= {"jax eager": answers(1, -1), "jax predict": answers(1, 3)}
     stand_in(programs)
     contestants = (bench.Contestant(name, CASE) for name in programs)
     return bench.with_ratios(bench.measure(CASE, contestants, repetitions=3, seconds=9))
@@ -71,6 +71,7 @@ def test_each_contestant_is_measured_and_one_that_fails_is_told(records):
     assert by_name["torch eager"]["error"] == "MemoryError: no room"
     assert by_name["torch compile"]["error"] == "ImportError: not here"
     assert by_name["jax eager"]["error"] == "MemoryError: no room"
+    assert by_name["jax predict"]["error"] == "MemoryError: no room"
 
 
 def test_one_that_is_not_ready_in_time_is_left_out(stand_in):

@@ -190,10 +190,9 @@ fine_tuning.fit = lambda *args, **kwargs: fit(*args, **kwargs, callbacks=[Interr
 def test_ctrl_c_keeps_the_best_weights_and_the_way_on(tmp_path, capsys):
     write_classes(tmp_path / "photos", count=4)
     # The recipe that is traced faster; test_fine_tuning interrupts both.
-    arguments = ["train", "photos", "--epochs=2", "--image-size=32", "--weights=none"]
-    arguments.append("--recipe=original")
+    command = "train photos --epochs=2 --image-size=32 --weights=none --recipe=original"
     done = subprocess.run(
-        [sys.executable, "-c", SMALLER + INTERRUPT + RUN, *arguments],
+        [sys.executable, "-c", SMALLER + INTERRUPT + RUN, *command.split()],
         capture_output=True,
         text=True,
         cwd=tmp_path,

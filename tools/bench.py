@@ -514,8 +514,7 @@ class Contestant:
                 **dict(variable.split("=", 1) for variable in variables),
             },
         )
-        self.repetitions = []
-        self.found = self.error = None
+        self.repetitions, self.found, self.error = [], {}, None
 
     def prepare(self, until=None):
         """Wait until it is ready, or has failed: then `error` says why.
@@ -538,28 +537,26 @@ class Contestant:
         print(f"  {self.name}: {self.error or 'ready'} after {waited:.1f} s", flush=True)
 
     def ask(self, what):
-        with contextlib.suppress(BrokenPipeError):  # of one that has ended: `hear` says why
-            self.process.stdin.write(what + "\n")
-            self.process.stdin.flush()
-        return self.hear()
-
-    def settle(self):
-        """Time a call, for the number of calls in a repetition; after a failure, do nothing."""
-        if not self.error:
-            self.found |= self.attempt("settle") or {}
-
-    def repeat(self):
-        """Time a repetition; after a failure, do nothing."""
-        if not self.error and (found := self.attempt("repeat")):
-            self.repetitions.append(found)
-
-    def attempt(self, what):
-        """Return what it answers, or None where it has failed: then `error` says why."""
+        """Return what it answers, {} where it has failed, now or before: `error` says why."""
+        if self.error:
+            return {}
         try:
-            return self.ask(what)
+            with contextlib.suppress(BrokenPipeError):  # of one that has ended: `hear` says why
+                self.process.stdin.write(what + "\n")
+                self.process.stdin.flush()
+            return self.hear()
         except RuntimeError as error:
             self.error = str(error)
-            return None
+            return {}
+
+    def settle(self):
+        """Time a call, for the number of calls in a repetition."""
+        self.found |= self.ask("settle")
+
+    def repeat(self):
+        """Time a repetition."""
+        if found := self.ask("repeat"):
+            self.repetitions.append(found)
 
     def hear(self):
         """Return what the process answers; raise RuntimeError where it has ended instead."""
@@ -597,8 +594,7 @@ def measure(case, contestants, repetitions, seconds):
         for contestant in everyone:
             contestant.repeat()
     for contestant in everyone:
-        if not contestant.error:
-            contestant.end()
+        contestant.end()
     today = datetime.date.today().isoformat()
     return [{**record(case, contestant), "date": today} for contestant in everyone]
 

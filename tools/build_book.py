@@ -126,8 +126,8 @@ def fill_cache(timeout):
     KERNEL_LOG.unlink(missing_ok=True)
     cores = os.cpu_count() or 1
     workers = min(len(missing), cores)
-    threads = max(1, cores // workers)
-    with ProcessPoolExecutor(workers, initializer=prepare_kernels, initargs=(threads,)) as pool:
+    share = cores // workers
+    with ProcessPoolExecutor(workers, initializer=prepare_kernels, initargs=(share,)) as pool:
         ordered = sorted(missing, key=missing.get, reverse=True)
         running = {pool.submit(execute, path, timeout): path for path in ordered}
         for future in as_completed(running):
