@@ -22,7 +22,7 @@ install: .venv/installed ## Make .venv and install what is locked
 	@touch $@
 
 book: install ## Execute every chapter and write _build/html/index.html
-	$(BIN)/python tools/build_book.py
+	$(BIN)/python tools/book/build_book.py
 
 test: install test-unit test-book ## Run the unit tests, then every chapter
 
@@ -38,26 +38,26 @@ test-unit: install ## Run the unit tests: all on TensorFlow, those of numbers on
 	    $(BIN)/python -m pytest -n 2 --dist worksteal tests $$chosen || exit 1; \
 	done
 
-# The trainings of chapters 8 and 12 are cut short: make book runs them as readers do. On two
+# The trainings of chapters 8 and 9 are cut short: make book runs them as readers do. On two
 # cores, a third worker keeps both busy while another waits for its kernel. TensorFlow does not
 # split operations over threads that other kernels need.
 test-book: install ## Run every chapter, as a reader's Jupyter would
 	GCVIT_RUN=$${GCVIT_RUN:-brief} TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -n 3 --dist worksteal book
 
 test-colab: install ## Run every chapter as Colab would: an empty folder, no clone
-	$(BIN)/python tools/colab_run.py --jobs 2
+	$(BIN)/python tools/book/colab_run.py --jobs 2
 
 fuzz: install ## Feed 2,000 hostile checkpoints to each reader, and print the counts
 	$(BIN)/python tools/fuzz.py --count 2000
 
 accessibility: install ## Look for what keeps readers out of the built pages (needs Chromium and npm)
-	$(BIN)/python tools/accessibility.py
+	$(BIN)/python tools/book/accessibility.py
 
 links: install ## Ask every address in the book whether it answers (needs a network)
-	$(BIN)/python tools/build_book.py --links
+	$(BIN)/python tools/book/build_book.py --links
 
 bench: install ## Measure the speed beside timm, where that is installed; BENCH=... for options
-	$(BIN)/python tools/bench.py $(BENCH)
+	$(BIN)/python tools/reproduce/bench.py $(BENCH)
 
 serve: ## Open the built book at http://localhost:8000 (PORT=... for another)
 	@test -f _build/html/index.html || { echo "There is no book yet: run make book first."; exit 1; }
@@ -66,8 +66,8 @@ serve: ## Open the built book at http://localhost:8000 (PORT=... for another)
 lint: install ## Check format, style, the notebooks' tidiness and the workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check gcvit tests tools
-	$(BIN)/python tools/notebooks.py check
-	$(BIN)/python tools/glossary.py check
+	$(BIN)/python tools/book/notebooks.py check
+	$(BIN)/python tools/book/glossary.py check
 	$(BIN)/zizmor --offline --quiet .github
 	@if command -v npx >/dev/null; then npx --yes --prefer-offline $(ACTIONLINT) '.github/workflows/*.yml'; \
 	else echo "Node.js is not installed: actionlint is not run here. CI runs it."; fi
@@ -75,7 +75,7 @@ lint: install ## Check format, style, the notebooks' tidiness and the workflows
 format: install ## Format the code and tidy the notebooks
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format gcvit tests tools
-	$(BIN)/python tools/notebooks.py format
+	$(BIN)/python tools/book/notebooks.py format
 
 lock: ## Compile requirements-lock.txt anew (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \

@@ -129,7 +129,7 @@ def _train(arguments, out, verbose):
     print(f"Reading {arguments.folder}.", flush=True)
     photos = fine_tuning.from_folder(
         arguments.folder,
-        arguments.validation_share,
+        arguments.validation_split,
         arguments.seed,
         max(fine_tuning.SHORT_SIDE, image_size),
     )

@@ -143,7 +143,7 @@ class WindowAttention(layers.Layer):
     def weights_of(self, q, k):
         """Return the attention weights, (batch, windows, heads, query tokens, key tokens)."""
         scores = ops.matmul(q * self.scale, ops.swapaxes(k, -2, -1))
-        return self.softmax(fast.add_to_each(scores, self.relative_position_bias()))
+        return self.softmax(fast.bias_add(scores, self.relative_position_bias()))
 
     def attention_weights(self, x, q_global=None):
         """Return what each token attends to, (batch · windows, heads, tokens, tokens).
@@ -157,7 +157,7 @@ class WindowAttention(layers.Layer):
 
     def call(self, x, q_global=None):
         q, k, v = self.query_key_value(x, q_global)
-        if fast.attends_at_once() and not self.attention_dropout:
+        if fast.can_use_sdpa() and not self.attention_dropout:
             mixed = fast.attend(q, k, v, self.relative_position_bias(), self.scale)
         else:
             mixed = ops.matmul(self.attn_drop(self.weights_of(q, k)), v)

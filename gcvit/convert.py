@@ -1,4 +1,4 @@
-"""Chapter 9: checkpoints from one implementation's names to another's."""
+"""Chapter 13: checkpoints from one implementation's names to another's."""
 
 import dataclasses
 import os
@@ -129,7 +129,7 @@ def preset_of(arguments):
     """Return the name of the preset with these sizes, or `None`.
 
     Args:
-        arguments: what `architecture` returns. Classes, colours and the top do not count.
+        arguments: what `architecture` returns. Classes, colors and the top do not count.
     """
     own = ("num_classes", "in_channels", "include_top")
     for name, preset in PRESETS.items():

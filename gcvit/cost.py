@@ -1,4 +1,4 @@
-"""Chapter 13: what a layer and a whole model cost, counted by formula and measured.
+"""Chapter 12: what a layer and a whole model cost, counted by formula and measured.
 
 Counted are the multiply-adds of matrix products and convolutions: one multiplication with
 the addition that follows it. Norms, activations, softmax, biases, gates and pooling are not

@@ -1,4 +1,4 @@
-"""Chapter 11: attention weights packed small, for a page that shows where they go."""
+"""Chapter 10: attention weights packed small, for a page that shows where they go."""
 
 import base64
 import io

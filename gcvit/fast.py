@@ -1,4 +1,4 @@
-"""Chapter 14: Keras's layers with a faster way to the same numbers, backend by backend.
+"""Appendix C: Keras's layers with a faster way to the same numbers, backend by backend.
 
 Each class is Keras's of the same name, with its weights and its checkpoint paths; only `call`
 differs, and only where that was measured to pay. Elsewhere it is Keras's own.
@@ -49,7 +49,7 @@ def tensor_of(weight):
     return None if weight is None else ops.convert_to_tensor(weight)
 
 
-def shifted(x, size, strides=(1, 1)):
+def conv_taps(x, size, strides=(1, 1)):
     """Yield the nine maps that a 3x3 window of stride 1 or 2 meets, row by row.
 
     Args:
@@ -64,7 +64,7 @@ def shifted(x, size, strides=(1, 1)):
             yield x[..., rows, slice(j, j + right * (width - 1) + 1, right), :]
 
 
-def as_it_lies(function, x, *args, **kwargs):
+def in_nchw(function, x, *args, **kwargs):
     """Apply a function of PyTorch that takes maps of channels first to one of channels last.
 
     PyTorch takes the map as it lies in memory; Keras copies it into the other order first,
@@ -93,7 +93,7 @@ def joined(sublayers):
     return [functools.partial(convolution, pad=1), *rest]
 
 
-def with_kernel_gradient(function, of_a_part, by_input=None, cut=lambda maps: maps):
+def custom_kernel_vjp(function, of_a_part, by_input=None, cut=lambda maps: maps):
     """Give a function of maps and a kernel a gradient by the kernel in parts, on JAX.
 
     XLA on the CPU computes that of a convolution as one whose window is the whole map: 112 ms
@@ -141,10 +141,10 @@ def with_kernel_gradient(function, of_a_part, by_input=None, cut=lambda maps: ma
 
 
 PIXELS_FOR_PARTS = {"tensorflow": 192**2, "jax": 96**2, "torch": 96**2}
-"""From how many pixels an image has on, `in_parts` saves more in the stem than it costs."""
+"""From how many pixels an image has on, `map_images` saves more in the stem than it costs."""
 
 
-def in_parts(function, x):
+def map_images(function, x):
     """Return `function` of maps, on the CPU computed for a few images at a time if they are large.
 
     A few images' maps stay in the processor's cache, and take the memory that those before them
@@ -246,9 +246,9 @@ def _compiled(function, *specs):
 
 
 def product(x, kernel):
-    """Return `x @ kernel`, on JAX on the CPU, `with_kernel_gradient`.
+    """Return `x @ kernel`, on JAX on the CPU, `custom_kernel_vjp`.
 
-    Together with the bias of `Dense` by `add_to_each` it took xxtiny's training step from
+    Together with the bias of `Dense` by `bias_add` it took xxtiny's training step from
     3.9 to 2.9 s for 16 images, on two cores.
     """
 
@@ -256,7 +256,7 @@ def product(x, kernel):
         rows = math.prod(maps.shape[:-1])
         return maps.reshape(math.gcd(rows, 64), -1, maps.shape[-1])
 
-    return with_kernel_gradient(ops.matmul, lambda x, upstream: x.T @ upstream, cut=cut)(x, kernel)
+    return custom_kernel_vjp(ops.matmul, lambda x, upstream: x.T @ upstream, cut=cut)(x, kernel)
 
 
 @keras.saving.register_keras_serializable(package="gcvit")
@@ -264,7 +264,7 @@ class DepthwiseConv2D(layers.DepthwiseConv2D):
     """Keras's layer, for a window of 3x3, stride 1, without padding and bias.
 
     Where XLA compiles it for the CPU, on JAX and in `as_one`, the sum of nine shifted maps, each
-    times its weights: 2 ms, not 62. On PyTorch on the CPU, the map `as_it_lies`, with `pad` zeros
+    times its weights: 2 ms, not 62. On PyTorch on the CPU, the map `in_nchw`, with `pad` zeros
     that it adds on each side: see `joined`.
     """
 
@@ -273,22 +273,22 @@ class DepthwiseConv2D(layers.DepthwiseConv2D):
             from torch.nn.functional import conv2d
 
             kernel = tensor_of(self.kernel).permute(2, 3, 0, 1)
-            return as_it_lies(conv2d, x, kernel, padding=pad, groups=len(kernel))
+            return in_nchw(conv2d, x, kernel, padding=pad, groups=len(kernel))
         if not without_accelerator("jax") and not _under_xla.get():
             return super().call(x)
         size = (x.shape[-3] - 2, x.shape[-2] - 2)
 
         def convolve(x, kernel):
             weights = ops.unstack(ops.reshape(kernel, (9, -1)))
-            return sum(part * w for part, w in zip(shifted(x, size), weights, strict=True))
+            return sum(part * w for part, w in zip(conv_taps(x, size), weights, strict=True))
 
         def of_an_image(x, upstream):
-            return ops.stack([ops.sum(part * upstream, (0, 1)) for part in shifted(x, size)])
+            return ops.stack([ops.sum(part * upstream, (0, 1)) for part in conv_taps(x, size)])
 
         kernel = tensor_of(self.kernel)
         if _under_xla.get():
             return convolve(x, kernel)
-        return with_kernel_gradient(convolve, of_an_image)(x, kernel)
+        return custom_kernel_vjp(convolve, of_an_image)(x, kernel)
 
 
 @keras.saving.register_keras_serializable(package="gcvit")
@@ -298,7 +298,7 @@ class Conv2D(layers.Conv2D):
     On JAX on the CPU, a window of 1x1 is a matrix `product`, which takes 3 ms, not 4, and the
     gradients of one of 3x3 are products and sums of shifted maps. XLA's own gradient by the
     maps took 294 ms in the stem, for 16 images, where this takes about 90. On PyTorch on the
-    CPU, the map `as_it_lies`, with `pad` zeros that it adds on each side: see `joined`.
+    CPU, the map `in_nchw`, with `pad` zeros that it adds on each side: see `joined`.
     """
 
     def call(self, x, pad=0):
@@ -306,21 +306,21 @@ class Conv2D(layers.Conv2D):
             from torch.nn.functional import conv2d
 
             kernel, bias = tensor_of(self.kernel).permute(3, 2, 0, 1), tensor_of(self.bias)
-            return as_it_lies(conv2d, x, kernel, bias, stride=self.strides, padding=pad)
+            return in_nchw(conv2d, x, kernel, bias, stride=self.strides, padding=pad)
         if not without_accelerator("jax"):
             return super().call(x)
         kernel = tensor_of(self.kernel)
         if self.kernel_size == (1, 1):
             y = product(x, kernel[0, 0])
         else:
-            y = with_kernel_gradient(self._convolve, self._of_an_image, self._by_input)(x, kernel)
-        return add_to_each(y, self.bias)
+            y = custom_kernel_vjp(self._convolve, self._of_an_image, self._by_input)(x, kernel)
+        return bias_add(y, self.bias)
 
     def _convolve(self, x, kernel):
         return ops.conv(x, kernel, self.strides, "valid")
 
     def _of_an_image(self, x, upstream):
-        columns = ops.concatenate(list(shifted(x, upstream.shape[:2], self.strides)), -1)
+        columns = ops.concatenate(list(conv_taps(x, upstream.shape[:2], self.strides)), -1)
         return ops.tensordot(columns, upstream, ((0, 1), (0, 1)))
 
     def _by_input(self, x, kernel, upstream):
@@ -345,14 +345,14 @@ class MaxPooling2D(layers.MaxPooling2D):
 
     On JAX on the CPU, the largest of three shifted maps down, then to the right. Its
     gradient takes 5 ms for the 50 of XLA's own pooling. On PyTorch on the CPU, the map
-    `as_it_lies`.
+    `in_nchw`.
     """
 
     def call(self, x):
         if without_accelerator("torch"):
             from torch.nn.functional import max_pool2d
 
-            return as_it_lies(max_pool2d, x, 3, stride=2)
+            return in_nchw(max_pool2d, x, 3, stride=2)
         if not without_accelerator("jax"):
             return super().call(x)
         height, width = ((side - 1) // 2 for side in x.shape[1:3])
@@ -364,7 +364,7 @@ class MaxPooling2D(layers.MaxPooling2D):
 
 @keras.saving.register_keras_serializable(package="gcvit")
 class Dense(layers.Dense):
-    """Keras's layer, on JAX on the CPU as a `product` and `add_to_each`.
+    """Keras's layer, on JAX on the CPU as a `product` and `bias_add`.
 
     On PyTorch on the CPU, a product to which the bias is added in place; PyTorch's own operation
     for both copies the bias to each row first. Without this, xxtiny's forward pass takes 530 ms for
@@ -379,7 +379,7 @@ class Dense(layers.Dense):
             if self.bias is not None:
                 y += tensor_of(self.bias)
         elif without_accelerator("jax"):
-            y = add_to_each(product(x, tensor_of(self.kernel)), self.bias)
+            y = bias_add(product(x, tensor_of(self.kernel)), self.bias)
         elif without_accelerator("tensorflow"):
             import tensorflow as tf
 
@@ -456,9 +456,9 @@ def normalization_gradients(x, gamma, epsilon, upstream):
     """
     # Products with a column of equal numbers: XLA's own sums take twice as long.
     mean = ops.full((x.shape[-1], 1), 1 / x.shape[-1])
-    centred = x - x @ mean
-    scale = ops.rsqrt(ops.square(centred) @ mean + epsilon)
-    standard, weighted = centred * scale, upstream * gamma
+    centerd = x - x @ mean
+    scale = ops.rsqrt(ops.square(centerd) @ mean + epsilon)
+    standard, weighted = centerd * scale, upstream * gamma
     by_x = weighted - weighted @ mean - standard * ((weighted * standard) @ mean)
     return by_x * scale, upstream * standard
 
@@ -490,23 +490,23 @@ class Activation(layers.Activation):
         return trained(x)
 
 
-def share_below(x):
+def normal_cdf(x):
     """Return Φ(x), the share of a normal distribution that lies below `x`, spelled with erf."""
     return 0.5 * (1 + ops.erf(x * 0.5**0.5))
 
 
 def gelu(x):
     """Return the exact GELU of `x`, x·Φ(x)."""
-    return x * share_below(x)
+    return x * normal_cdf(x)
 
 
 def gelu_gradient(x, upstream):
     """Return the gradient of `gelu` by `x`: Φ(x) + x·φ(x), times what comes from above."""
     density = ops.exp(-0.5 * ops.square(x) - 0.5 * math.log(2 * math.pi))
-    return upstream * (share_below(x) + x * density)
+    return upstream * (normal_cdf(x) + x * density)
 
 
-def add_to_each(maps, bias):
+def bias_add(maps, bias):
     """Return `maps + bias`: to each of (..., a, b, c) one and the same (a, b, c), or `None`.
 
     On JAX on the CPU, the gradient by the bias, a sum over all maps, is a product with a
@@ -533,7 +533,7 @@ def add_to_each(maps, bias):
     return add(maps, bias)
 
 
-def attends_at_once():
+def can_use_sdpa():
     """Tell whether `attend` serves here: on PyTorch on the CPU, where no gradients are wanted.
 
     Its one operation has none by the bias; with them, PyTorch takes several after all, and in a

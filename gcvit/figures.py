@@ -1,7 +1,7 @@
 """What the chapters draw with: one palette, one type size, one way to show a photograph.
 
 Every function draws values that it is given. Blue stands for local, orange for global,
-green for what has been checked or chosen, grey for what is only there to orient.
+green for what has been checked or chosen, gray for what is only there to orient.
 """
 
 import matplotlib.pyplot as plt
@@ -16,17 +16,17 @@ CHOSEN = "#009E73"
 THIRD = "#CC79A7"
 NEUTRAL = "#595959"
 PALETTE = [LOCAL, GLOBAL, CHOSEN, THIRD, "#E69F00", "#56B4E9", "#000000"]
-"""Okabe and Ito's colours, which the colour-blind can tell apart."""
+"""Okabe and Ito's colors, which the color-blind can tell apart."""
 
 HEAT = "cividis"
-"""Colour map of amounts: even in lightness, and the same to the colour-blind."""
+"""Color map of amounts: even in lightness, and the same to the color-blind."""
 
 SIGNED = "RdBu_r"
-"""Colour map of values around zero, which is white."""
+"""Color map of values around zero, which is white."""
 
 
 def use_style():
-    """Set the book's style for matplotlib: sizes, colours, a white ground."""
+    """Set the book's style for matplotlib: sizes, colors, a white ground."""
     plt.rcParams.update(
         {
             "axes.prop_cycle": plt.cycler(color=PALETTE),
@@ -82,7 +82,7 @@ def show_image(ax, image, title=None):
 
 
 def show_signed(ax, values, title=None):
-    """Show a (height, width) array whose zero is white; return what a colour bar needs."""
+    """Show a (height, width) array whose zero is white; return what a color bar needs."""
     values = np.asarray(values)
     limit = np.abs(values).max() or 1.0
     shown = ax.imshow(values, cmap=SIGNED, vmin=-limit, vmax=limit)
@@ -130,7 +130,7 @@ def draw_grid(ax, size, cells, color="white", width=0.8):
         ax: the axes that show the image.
         size: (height, width) of what is shown.
         cells: (rows, columns) of windows.
-        color: colour of the lines; default white.
+        color: color of the lines; default white.
         width: width of the lines in points; default 0.8.
     """
     height, width_px = size
@@ -148,7 +148,7 @@ def mark(ax, size, cells, place, color=GLOBAL, width=2.0):
         size: (height, width) of what is shown.
         cells: (rows, columns) of the grid.
         place: (row, column) of the one to frame.
-        color: colour of the frame.
+        color: color of the frame.
         width: width of the frame in points.
     """
     high, wide = size[0] / cells[0], size[1] / cells[1]
@@ -212,7 +212,7 @@ def flow(steps, colors=None, width=1.75, per_row=5):
     Args:
         steps: (name, text) pairs in order, the text being what stands below the name,
             such as a shape taken from the tensor itself.
-        colors: a colour for each box; default: all neutral.
+        colors: a color for each box; default: all neutral.
         width: width of a box's place in inches; default 1.75.
         per_row: boxes in a row; default 5.
 
@@ -241,7 +241,7 @@ def diagram(boxes, arrows, width=1.05, height=0.95):
     """Draw boxes on a grid and arrows between them: tensors that branch and meet again.
 
     Args:
-        boxes: for each key, (column, row, name, text, colour); rows count downwards and
+        boxes: for each key, (column, row, name, text, color); rows count downwards and
             may be fractions. Text is what stands below the name; an empty one leaves the
             name alone in a small box, as for a sum.
         arrows: (key, key) pairs, or (key, key, lift): the arrow leaves at the top, runs
@@ -293,12 +293,12 @@ def diagram(boxes, arrows, width=1.05, height=0.95):
 
 
 def footprints(ax, masks, colors, title=None):
-    """Draw a grid of positions, those in a mask in its colour; where masks overlap, both.
+    """Draw a grid of positions, those in a mask in its color; where masks overlap, both.
 
     Args:
         ax: the axes.
         masks: (rows, columns) arrays of booleans.
-        colors: a colour for each mask.
+        colors: a color for each mask.
         title: what stands above it.
     """
     rows, columns = masks[0].shape
@@ -322,8 +322,8 @@ def bars(ax, names, values, color=LOCAL, highlight=None, fmt="%.2f"):
         ax: the axes.
         names: a name for each bar.
         values: a value for each bar.
-        color: colour of the bars.
-        highlight: index of a bar to draw in the colour of the chosen; default: none.
+        color: color of the bars.
+        highlight: index of a bar to draw in the color of the chosen; default: none.
         fmt: how to write the values; default: two decimals.
     """
     colors = [CHOSEN if i == highlight else color for i in range(len(values))]
@@ -393,7 +393,7 @@ def architecture(trace, image=None):
     """Draw a whole model from left to right, with the shapes of its trace.
 
     A bar is a layer; its height grows with the square root of the map's side. Blue bars
-    are local blocks, orange ones global blocks, grey shapes everything else.
+    are local blocks, orange ones global blocks, gray shapes everything else.
 
     Args:
         trace: what `gcvit.explain.trace` returns.

@@ -33,7 +33,7 @@ from gcvit.weights import (
 MEAN = 255 * np.array([0.485, 0.456, 0.406], dtype="float32")
 """Mean of ImageNet's red, green and blue, on a scale of 0 to 255."""
 
-DEVIATION = 255 * np.array([0.229, 0.224, 0.225], dtype="float32")
+STD = 255 * np.array([0.229, 0.224, 0.225], dtype="float32")
 """Standard deviation of ImageNet's red, green and blue, on a scale of 0 to 255."""
 
 FLOWERS_URL = "http://download.tensorflow.org/example_images/flower_photos.tgz"
@@ -108,12 +108,12 @@ class Photographs:
 
 def normalize(images):
     """Bring images from 0 to 255 to ImageNet's mean 0 and deviation 1, channel by channel."""
-    return (images - MEAN) / DEVIATION
+    return (images - MEAN) / STD
 
 
 def denormalize(images):
     """Undo `normalize`, clip, and round: uint8 images that can be shown."""
-    return np.clip(np.round(np.asarray(images) * DEVIATION + MEAN), 0, 255).astype("uint8")
+    return np.clip(np.round(np.asarray(images) * STD + MEAN), 0, 255).astype("uint8")
 
 
 def flowers_folder(data_dir=None):
@@ -179,7 +179,7 @@ def flowers(data_dir=None):
             raise FetchError(
                 f"tf_flowers is not prepared in {flowers_folder(data_dir)}, and {error}"
             ) from error
-    if not watched():
+    if not is_interactive():
         tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(manual_dir=archive and archive.parent)
     try:
@@ -205,7 +205,7 @@ def flowers(data_dir=None):
     )
 
 
-# The photographs in colour that scikit-image installs, and what they show.
+# The photographs in color that scikit-image installs, and what they show.
 _EMBEDDED = {
     "astronaut": "astronaut",
     "chelsea": "cat",
@@ -291,17 +291,17 @@ def photographs(data_dir=None):
 
 
 # What the operating systems and notebooks leave in folders; not photographs.
-_LITTER = {"thumbs.db", "desktop.ini", "__macosx"}
+JUNK_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
 
 
-def _is_litter(path):
-    return path.name.startswith(".") or path.name.lower() in _LITTER
+def is_junk(path):
+    return path.name.startswith(".") or path.name.lower() in JUNK_FILES
 
 
 def read_photograph(path, short_side=None):
     """Read a photograph as it is meant to be seen, whatever its file holds.
 
-    Greyscale, 16 bits, palettes and CMYK become RGB, transparent parts become white, the
+    Grayscale, 16 bits, palettes and CMYK become RGB, transparent parts become white, the
     camera's orientation (EXIF) is applied, and of an animation the first picture is taken.
 
     Args:
@@ -359,8 +359,7 @@ def _files_in(folder):
     return [
         path
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and not any(map(_is_litter, [path, *path.relative_to(folder).parents[:-1]]))
+        if path.is_file() and not any(map(is_junk, [path, *path.relative_to(folder).parents[:-1]]))
     ]
 
 
@@ -368,7 +367,7 @@ def _files_by_class(folder):
     """Return {class name: its files}, or raise a `DatasetError` on what is out of place."""
     if not folder.is_dir():
         raise DatasetError(f"There is no folder {folder}.")
-    entries = [path for path in sorted(folder.iterdir()) if not _is_litter(path)]
+    entries = [path for path in sorted(folder.iterdir()) if not is_junk(path)]
     stray = [path for path in entries if not path.is_dir()]
     if stray:
         raise DatasetError(
@@ -437,7 +436,7 @@ SHORT_SIDE = 320
 little enough to be shuffled in memory."""
 
 
-def from_folder(folder, validation_share=0.1, seed=0, short_side=SHORT_SIDE):
+def from_folder(folder, validation_split=0.1, seed=0, short_side=SHORT_SIDE):
     """Return the photographs of a folder that holds a folder for each class.
 
     Every file is decoded once before any is trained on, and none is left out: what cannot
@@ -447,7 +446,7 @@ def from_folder(folder, validation_share=0.1, seed=0, short_side=SHORT_SIDE):
 
     Args:
         folder: the folder; its class folders may have folders inside.
-        validation_share: share of each class that is for validation, at least one;
+        validation_split: share of each class that is for validation, at least one;
             default 0.1.
         seed: seed of the split; default 0.
         short_side: see `read_photograph`; default `SHORT_SIDE`.
@@ -488,7 +487,7 @@ def from_folder(folder, validation_share=0.1, seed=0, short_side=SHORT_SIDE):
     rng = np.random.default_rng(seed)
     parts = ([], [])
     for label, paths in enumerate(files.values()):
-        split = _split({path: examined[path] for path in paths}, validation_share, rng)
+        split = _split({path: examined[path] for path in paths}, validation_split, rng)
         for part, chosen in zip(parts, split, strict=True):
             part.extend((os.fspath(path), label) for path in chosen)
     sets = []
@@ -553,7 +552,7 @@ def flip(image, image_size, seed):
     return tf.image.stateless_random_flip_left_right(resize(image, image_size), seed)
 
 
-def crop_and_colour(image, image_size, seed, smallest=0.35):
+def crop_and_color(image, image_size, seed, smallest=0.35):
     """Crop at random, resize, mirror, and vary brightness, contrast and saturation.
 
     Args:
@@ -718,10 +717,10 @@ def make_dataset(photos, image_size, batch_size=32, train=False, augment=flip, s
     if train:
         found = _sized(_pass(seed, epoch).flat_map(shuffled), photos)
     found = found.map(prepare, num_parallel_calls=tf.data.AUTOTUNE)
-    return untuned(found.batch(batch_size).prefetch(tf.data.AUTOTUNE))
+    return without_autotune(found.batch(batch_size).prefetch(tf.data.AUTOTUNE))
 
 
-def untuned(dataset):
+def without_autotune(dataset):
     """Return a `tf.data.Dataset` that ends when its last element is taken.
 
     TensorFlow tunes a pipeline in a thread that sleeps 10 ms, then twice as long each time. Often
@@ -774,7 +773,7 @@ def mix(batches, seed=0, epoch=None):
 # How much is run.
 
 
-def watched():
+def is_interactive():
     """Tell whether a person is looking at the output.
 
     A notebook that is executed for a page or for a test is run by a client that nobody can
@@ -794,7 +793,7 @@ def watched():
 
 def verbosity():
     """Return `Model.fit`'s `verbose`: a moving bar (1) for a person, else a line an epoch (2)."""
-    return 1 if watched() else 2
+    return 1 if is_interactive() else 2
 
 
 def accelerator():
@@ -1034,7 +1033,7 @@ class BackupError(ValueError):
     """The state of a training run cannot be read, or is another run's."""
 
 
-class Keeper(keras.callbacks.Callback):
+class TrainingState(keras.callbacks.Callback):
     """Keeps the best epoch's weights and, in a file, all that a run that is cut off needs.
 
     The file is replaced as a whole after each epoch: the weights, those of the best epoch,
@@ -1177,13 +1176,13 @@ class Run:
         train: batches to train on.
         validation: batches to validate on.
         epochs: passes over them.
-        keeper: its `Keeper`.
+        keeper: its `TrainingState`.
     """
 
     train: tf.data.Dataset
     validation: tf.data.Dataset
     epochs: int
-    keeper: Keeper
+    keeper: TrainingState
 
 
 def fit(model, run, verbose=None, callbacks=(), on_best=None, **kwargs):
@@ -1346,7 +1345,7 @@ def original(model, photos, plan, backup=None, seed=0):
     )
     make_variables(model, np.zeros(1), len(photos.class_names))
     described = _described(model, photos, plan, "original", seed=seed)
-    keeper = Keeper(model, described, backup and Path(backup) / "run.npz", leave_best=False)
+    keeper = TrainingState(model, described, backup and Path(backup) / "run.npz", leave_best=False)
     train = make_dataset(photos.train, *size, train=True, seed=seed, epoch=keeper.pass_number)
     return _run(train, make_dataset(photos.validation, *size), photos, plan, keeper)
 
@@ -1392,7 +1391,7 @@ def better(
     make_variables(model, np.zeros((1, classes)), classes)
     settings = {"peak": peak, "layer_decay": layer_decay, "strength": strength}
     described = _described(model, photos, plan, "better", seed=seed, **settings)
-    keeper = Keeper(model, described, backup and Path(backup) / "run.npz", patience)
+    keeper = TrainingState(model, described, backup and Path(backup) / "run.npz", patience)
     train = make_dataset(
         photos.train,
         *size,
@@ -1437,7 +1436,7 @@ def save_classifier(path, model, class_names, image_size, **notes):
         "classes": list(class_names),
         "image_size": image_size,
         "mean": MEAN.tolist(),
-        "deviation": DEVIATION.tolist(),
+        "deviation": STD.tolist(),
         **notes,
     }
     save_safetensors(model, path, metadata={k: json.dumps(v) for k, v in notes.items()})
@@ -1526,9 +1525,7 @@ def load_classifier(path):
         ) from error
     load_checkpoint(model, path)
     model.compile(jit_compile=jit_compile())
-    scale = [
-        np.float32(notes.pop(name, by)) for name, by in (("mean", MEAN), ("deviation", DEVIATION))
-    ]
+    scale = [np.float32(notes.pop(name, by)) for name, by in (("mean", MEAN), ("deviation", STD))]
     return Classifier(model, class_names, image_size, *scale, notes)
 
 

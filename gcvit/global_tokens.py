@@ -12,7 +12,7 @@ from gcvit.unit_blocks import build_fused_mbconv, fused_mbconv, halved, padded, 
 def bicubic_matrix(size_in, size_out):
     """Return the (size_out, size_in) matrix that resizes a line of samples.
 
-    Keys' cubic kernel with a = -0.75, half-pixel centres, borders repeated, no
+    Keys' cubic kernel with a = -0.75, half-pixel centers, borders repeated, no
     antialiasing: what PyTorch's `interpolate(mode="bicubic")` does, and so what the
     official code resizes queries and position tables with. Keras's own bicubic resize
     has a = -0.5.
@@ -25,12 +25,12 @@ def bicubic_matrix(size_in, size_out):
     """
     a = -0.75
     scale = ops.cast(size_in, "float32") / size_out
-    centre = (ops.arange(size_out, dtype="float32") + 0.5) * scale - 0.5
+    center = (ops.arange(size_out, dtype="float32") + 0.5) * scale - 0.5
     columns = ops.arange(size_in, dtype="int32")
-    first = ops.floor(centre)
+    first = ops.floor(center)
     matrix = 0.0
     for tap in (-1, 0, 1, 2):
-        d = ops.abs(centre - first - tap)
+        d = ops.abs(center - first - tap)
         near = ((a + 2) * d - (a + 3)) * d * d + 1
         far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
         weight = ops.where(d <= 1, near, far)

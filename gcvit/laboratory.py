@@ -1,4 +1,4 @@
-"""Chapter 12: a small experiment that tells what a part of the model buys."""
+"""Chapter 9: a small experiment that tells what a part of the model buys."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from gcvit.attention import WindowAttention
 from gcvit.fine_tuning import WarmupCosine, make_variables, run_setting
 from gcvit.global_tokens import FeatureExtraction
 from gcvit.model import GCViT
-from gcvit.unit_blocks import SqueezeAndExcitation, run, start_wide
+from gcvit.unit_blocks import SqueezeAndExcitation, reinit_glorot, run
 
 # The faults of the original Keras notebook.
 
@@ -40,7 +40,7 @@ FAULTS = {"flat_gather": flat_gather, "zero_padding": zero_padding}
 
 # The ways that lead from one end of the map to the other, and what closes them.
 
-WAYS = ("query", "gates", "late")
+PATHWAYS = ("query", "gates", "late")
 """The global query, the gates of squeeze-and-excitation, the windows of the last level."""
 
 
@@ -73,7 +73,7 @@ def apart(side, part):
 class Switched(GCViT):
     """A `GCViT` whose ways and faults are switched by weights: one compiled model for all arms.
 
-    At first the `WAYS` are open and the `FAULTS` absent, and the model computes exactly
+    At first the `PATHWAYS` are open and the `FAULTS` absent, and the model computes exactly
     what a `GCViT` does. A way that is closed is replaced by something with the same
     parameters that sees nothing far: a constant query, gates of each place, windows of
     the last level that fall apart into windows of the first level's size.
@@ -87,17 +87,17 @@ class Switched(GCViT):
             name: self.add_weight(
                 name=name,
                 shape=(),
-                initializer="ones" if name in WAYS else "zeros",
+                initializer="ones" if name in PATHWAYS else "zeros",
                 trainable=False,
             )
-            for name in (*WAYS, *FAULTS)
+            for name in (*PATHWAYS, *FAULTS)
         }
 
-    def switch(self, ways=WAYS, faults=()):
+    def switch(self, ways=PATHWAYS, faults=()):
         """Open the ways and put in the faults that are named, and no others.
 
         Raises:
-            ValueError: for a name that is not in `WAYS` or `FAULTS`.
+            ValueError: for a name that is not in `PATHWAYS` or `FAULTS`.
         """
         wanted = {*ways, *faults}
         if not wanted <= set(self.switches):
@@ -239,7 +239,7 @@ class _Curve(keras.callbacks.Callback):
         self.model.reset_metrics()
 
 
-class Bench:
+class Experiment:
     """A model that is compiled once and trained many times, from any seed, in any arm.
 
     Args:
@@ -288,7 +288,7 @@ class Bench:
         if seed not in self._starts:
             keras.utils.set_random_seed(seed)
             new = self._built(GCViT)
-            start_wide(new)
+            reinit_glorot(new)
             self._starts[seed] = [ops.convert_to_numpy(v) for v in new.trainable_variables]
         optimizer = self.model.optimizer
         for variable, value in zip(
@@ -298,7 +298,7 @@ class Bench:
         ):
             variable.assign(value)
 
-    def train(self, seed, ways=WAYS, faults=()):
+    def train(self, seed, ways=PATHWAYS, faults=()):
         """Train from a seed, with some ways open and some faults put in, and test.
 
         The seed decides the first weights and the images, so that arms of one seed differ
@@ -316,7 +316,7 @@ class Bench:
         )
         return Outcome(tuple(curve.losses), *self.test(ways, faults))
 
-    def test(self, ways=WAYS, faults=()):
+    def test(self, ways=PATHWAYS, faults=()):
         """Return accuracy and bits on the test set, which is the same for every run."""
         self.model.switch(ways, faults)
         found = self.model.evaluate(*self._test, batch_size=128, verbose=0, return_dict=True)

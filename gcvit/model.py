@@ -77,7 +77,7 @@ class GCViT(keras.Model):
         include_top: whether the head is there; default `True`. Without it the pooled
             features come out, (batch, channels), or the last map where `pooling` is `None`.
         pooling: "avg", the default, or `None`, which needs `include_top=False`.
-        in_channels: colours of the image; default 3.
+        in_channels: colors of the image; default 3.
 
     Raises:
         ValueError: for levels of different number, heads that do not divide the channels,

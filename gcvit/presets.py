@@ -1,11 +1,11 @@
-"""The published variants as data: sizes, accuracies, checkpoints and their licence.
+"""The published variants as data: sizes, accuracies, checkpoints and their license.
 
 Sources: official `models/gc_vit.py` and its README (May 2023 weights); GFLOPs from the
 paper, Hatamizadeh et al. 2023. Sizes are bytes; a `None` is not published.
 """
 
 RELEASE_LICENSE = "CC-BY-NC-SA-4.0"
-"""Licence of the ImageNet weights: not for commercial use. The code that reads them is free."""
+"""License of the ImageNet weights: not for commercial use. The code that reads them is free."""
 
 
 def _config(
@@ -193,7 +193,7 @@ PRESETS = {
         image_size=128,
         parameters=1_635_601,
         license="MIT",
-        # Trained by tools/train_nano.py on the training split of tf_flowers.
+        # Trained by tools/reproduce/train_nano.py on the training split of tf_flowers.
         weights={
             "flowers": {
                 "file": "gcvit_nano-flowers.safetensors",

@@ -14,14 +14,14 @@ class PatchEmbed(layers.Layer):
 
     A 3x3 convolution with stride 2, then a `ReduceSize` that keeps the channels.
 
-    Shapes: (batch, height, width, colours) in, (batch, ⌈height/4⌉, ⌈width/4⌉,
+    Shapes: (batch, height, width, colors) in, (batch, ⌈height/4⌉, ⌈width/4⌉,
     `embed_dim`) out.
 
     Args:
         embed_dim: channels of an embedding.
 
     Raises:
-        ValueError: for an input that is not (batch, height, width, colours).
+        ValueError: for an input that is not (batch, height, width, colors).
 
     Source: paper, section 3; official `gc_vit.py`, `PatchEmbed`.
     """
@@ -41,7 +41,7 @@ class PatchEmbed(layers.Layer):
         self.conv_down.build(halved(input_shape, self.embed_dim))
 
     def call(self, x):
-        return fast.in_parts(lambda x: run([self.pad, self.proj, self.conv_down], x), x)
+        return fast.map_images(lambda x: run([self.pad, self.proj, self.conv_down], x), x)
 
     def compute_output_shape(self, input_shape):
         return halved(halved(input_shape, self.embed_dim), self.embed_dim)

@@ -73,7 +73,7 @@ def fused_mbconv(channels, dtype=None):
     ]
 
 
-def start_wide(model):
+def reinit_glorot(model):
     """Draw a model's dense and convolution kernels anew, as Keras's layers do by default.
 
     In a small model these are several times as wide as the official start. The checkpoint

@@ -49,7 +49,7 @@ class LoadReport:
 
 
 @dataclasses.dataclass
-class Slot:
+class WeightSpec:
     """A variable of the model, and what each kind of checkpoint calls and how it lays it out.
 
     A position table also knows its `window`, (height, width) in tokens.
@@ -193,7 +193,7 @@ def _timm_name(official, last_level):
 
 
 def slots(model):
-    """Return a `Slot` for every weight of a built model.
+    """Return a `WeightSpec` for every weight of a built model.
 
     Args:
         model: a `GCViT`.
@@ -213,7 +213,7 @@ def slots(model):
                 "timm": _timm_name(official, len(model.levels) - 1),
             }
             window = layer.window_size if kind == "table" else None
-            found.append(Slot(variable, names, kind, window))
+            found.append(WeightSpec(variable, names, kind, window))
     return found
 
 

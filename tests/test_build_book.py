@@ -112,10 +112,10 @@ def test_every_module_of_the_package_is_understood():
 
 def project(folder, **chapters):
     """Write a book of one-cell chapters, with an empty package, and return what builds it."""
-    for part in ("tools", "book", "gcvit/checkpoints"):
+    for part in ("tools/book", "book", "gcvit/checkpoints"):
         (folder / part).mkdir(parents=True)
-    for tool in (ROOT / "tools").glob("*.py"):
-        shutil.copy(tool, folder / "tools")
+    for tool in (ROOT / "tools" / "book").glob("*.py"):
+        shutil.copy(tool, folder / "tools" / "book")
     (folder / "gcvit" / "__init__.py").write_text("")
     (folder / "requirements-lock.txt").write_text("")
     (folder / "_config.yml").write_text("title: a book\nexecute:\n  timeout: 30\n")
@@ -128,7 +128,7 @@ def project(folder, **chapters):
         notebook = nbformat.v4.new_notebook(cells=cells)
         nbformat.write(notebook, folder / "book" / f"{name}.ipynb")
     return subprocess.run(
-        [sys.executable, folder / "tools" / "build_book.py"],
+        [sys.executable, folder / "tools" / "book" / "build_book.py"],
         capture_output=True,
         text=True,
         check=False,

@@ -38,7 +38,7 @@ def test_unusual_sizes_are_read_off_too(tmp_path):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_recognised_by_their_sizes(name):
+def test_presets_are_recognized_by_their_sizes(name):
     config = {"qkv_bias": True, "in_channels": 3, **PRESETS[name]["config"]}
     del config["path_drop"]
     assert preset_of(config) == name

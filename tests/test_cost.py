@@ -9,7 +9,7 @@ from gcvit.stem import PatchEmbed
 from gcvit.unit_blocks import MLP, ReduceSize
 
 # Three of the published numbers are what a count without the products of attention gives;
-# chapter 13 tells.
+# chapter 12 tells.
 WITHOUT_PRODUCTS = ("gcvit_xtiny", "gcvit_tiny2", "gcvit_small2")
 
 

@@ -358,14 +358,14 @@ def test_it_is_drawn(browser, page, data):
     browser.settle()
     for name, values in (("local", local.reshape(h, w)), ("global", on_the_map)):
         rows, columns = values.shape
-        colours = browser.evaluate(
+        colors = browser.evaluate(
             f"(() => {{ const canvas = document.querySelector('canvas.{name}');"
             "const pixels = canvas.getContext('2d'); const found = [];"
             f"for (let i = 0; i < {rows}; i++) for (let j = 0; j < {columns}; j++) found.push("
             f"[...pixels.getImageData((j + 0.5) * canvas.width / {columns},"
             f"(i + 0.5) * canvas.height / {rows}, 1, 1).data]); return found; }})()"
         )
-        yellow = np.array(colours)[:, 0] - np.array(colours)[:, 2]  # red less blue
+        yellow = np.array(colors)[:, 0] - np.array(colors)[:, 2]  # red less blue
         assert yellow[values.argmax()] > 100 and yellow[values.argmin()] < 20, name
 
 
@@ -384,8 +384,8 @@ def test_on_a_phone_it_fits_answers_to_taps_and_follows_the_theme(browser, page,
     assert smallest >= 24
 
     def ink():
-        colour = "getComputedStyle(document.querySelector('.gcvit-explorer')).color"
-        return sum(map(int, re.findall(r"\d+", browser.evaluate(colour))[:3])) / 3
+        color = "getComputedStyle(document.querySelector('.gcvit-explorer')).color"
+        return sum(map(int, re.findall(r"\d+", browser.evaluate(color))[:3])) / 3
 
     assert (ink() > 200) == (theme == "dark")  # as the system has it
     other = "light" if theme == "dark" else "dark"

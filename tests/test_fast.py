@@ -139,7 +139,7 @@ def test_attention_at_once_mixes_what_its_weights_say(global_query):
     with without_gradients(), mock.patch.object(fast, "attend", wraps=fast.attend) as attend:
         found = to_numpy(attention(*given))
     assert attend.called == fast.without_accelerator("torch")
-    with mock.patch.object(fast, "attends_at_once", return_value=False):
+    with mock.patch.object(fast, "can_use_sdpa", return_value=False):
         np.testing.assert_allclose(found, to_numpy(attention(*given)), atol=1e-5)
 
 
@@ -176,7 +176,7 @@ def test_images_in_parts_give_what_they_give_together(monkeypatch):
         return [predicted, *(to_numpy(value) for values in trained for value in values)]
 
     in_parts = found()
-    with mock.patch.object(fast, "in_parts", lambda function, x: function(x)):
+    with mock.patch.object(fast, "map_images", lambda function, x: function(x)):
         assert_same(in_parts, found())
 
 
@@ -225,7 +225,7 @@ class Added(layers.Layer):
 def test_a_bias_added_to_each_map_gets_the_sum_of_their_gradients():
     x, upstream = RNG.normal(size=(2, 2, 3, 2, 4, 4)).astype("float32")
     found, wanted = [], []
-    for values, add in ((found, fast.add_to_each), (wanted, lambda x, bias: x + bias)):
+    for values, add in ((found, fast.bias_add), (wanted, lambda x, bias: x + bias)):
         layer = Added(add)
         layer.build(x.shape)
         layer.bias.assign(np.arange(32).reshape(2, 4, 4) / 10)

@@ -350,7 +350,7 @@ def contents(photos):
 
 
 def test_a_folder_is_split_by_its_seed_into_parts_that_share_none(folder):
-    photos = from_folder(folder, validation_share=0.2)
+    photos = from_folder(folder, validation_split=0.2)
     assert isinstance(photos, Photographs)
     assert (photos.train_size, photos.validation_size) == (16, 4)
     assert photos.class_names == ["cats", "dogs"]
@@ -380,20 +380,20 @@ def test_files_of_the_same_bytes_stay_in_one_part(folder):
 
 def test_every_mode_becomes_rgb(tmp_path):
     rgb = picture()
-    grey = rgb.convert("L")
+    gray = rgb.convert("L")
     for mode in ("L", "P", "CMYK", "1"):
         path = tmp_path / f"{mode}.tif"
         rgb.convert(mode).save(path)
         expected = np.array(rgb.convert(mode).convert("RGB"))
         np.testing.assert_array_equal(read_photograph(path), expected)
-    deep = np.asarray(grey).astype("uint16") * 257
+    deep = np.asarray(gray).astype("uint16") * 257
     Image.fromarray(deep).save(tmp_path / "deep.png")
     np.testing.assert_array_equal(
-        read_photograph(tmp_path / "deep.png"), np.array(grey.convert("RGB"))
+        read_photograph(tmp_path / "deep.png"), np.array(gray.convert("RGB"))
     )
 
 
-def test_cmyk_jpeg_has_the_colours_of_the_picture(tmp_path):
+def test_cmyk_jpeg_has_the_colors_of_the_picture(tmp_path):
     Image.new("RGB", (32, 32), (200, 30, 30)).convert("CMYK").save(tmp_path / "red.jpg")
     red = read_photograph(tmp_path / "red.jpg")
     assert red.shape == (32, 32, 3) and np.abs(red.mean(axis=(0, 1)) - [200, 30, 30]).max() < 6
@@ -561,7 +561,7 @@ def test_an_unknown_setting_is_refused(monkeypatch):
 
 
 def test_nobody_watches_a_test():
-    assert not fine_tuning.watched() and fine_tuning.verbosity() == 2
+    assert not fine_tuning.is_interactive() and fine_tuning.verbosity() == 2
 
 
 # Recipes.

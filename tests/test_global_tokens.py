@@ -49,8 +49,8 @@ def test_bicubic_matrix_of_one_size_is_the_identity():
 def test_bicubic_matrix_reproduces_lines_and_sums_to_one():
     matrix = to_numpy(bicubic_matrix(12, 7))
     np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-6)
-    centres = (np.arange(7) + 0.5) * 12 / 7 - 0.5
-    np.testing.assert_allclose(matrix @ np.arange(12.0), centres, atol=0.15)
+    centers = (np.arange(7) + 0.5) * 12 / 7 - 0.5
+    np.testing.assert_allclose(matrix @ np.arange(12.0), centers, atol=0.15)
 
 
 def test_resize_bicubic_matches_pytorch():

@@ -63,7 +63,7 @@ def change_on_the_left(model):
 def test_each_way_alone_lets_through_what_is_far(switched):
     switched.switch(())
     assert change_on_the_left(switched) == 0
-    for way in laboratory.WAYS:
+    for way in laboratory.PATHWAYS:
         switched.switch([way])
         assert change_on_the_left(switched) > 1e-4, way
 
@@ -158,7 +158,9 @@ def test_the_label_cannot_be_told_from_one_stripe():
 def test_a_run_can_be_run_again():
     keras.utils.set_random_seed(5)
     design = laboratory.Design(steps=2, batch=1, warmup=1, every=1, backgrounds=1)
-    bench = laboratory.Bench(design, window_size=(2,), depths=(2,), num_heads=(2,), embed_dim=8)
+    bench = laboratory.Experiment(
+        design, window_size=(2,), depths=(2,), num_heads=(2,), embed_dim=8
+    )
     bench.model.run_eagerly = True  # tracing takes longer than a few steps
     first = bench.train(0)
     other = bench.train(1, ways=())

@@ -9,7 +9,7 @@ from conftest import run, run_features, slow_on_jax, small_model, to_numpy
 
 from gcvit import PRESETS, GCViT, fast, load_checkpoint
 from gcvit.model import scaled_windows
-from gcvit.unit_blocks import start_wide
+from gcvit.unit_blocks import reinit_glorot
 
 pytestmark = pytest.mark.numerics
 RNG = np.random.default_rng(5)
@@ -266,7 +266,7 @@ def test_half_precision_trains_a_step(policy):
     # Not Adam: its beta_2 of 0.999 is 1 in bfloat16, and a step then has the length 0.
     model.compile(keras.optimizers.SGD(1.0), "sparse_categorical_crossentropy", run_eagerly=True)
     model.build((None, 32, 32, 3))
-    start_wide(model)  # from the narrow start, gradients are too small for bfloat16's steps
+    reinit_glorot(model)  # from the narrow start, gradients are too small for bfloat16's steps
     images = RNG.normal(size=(4, 32, 32, 3)).astype("float32")
     before = [to_numpy(v).astype("float32") for v in model.trainable_variables]
     losses = [float(model.train_on_batch(images, np.array([0, 1, 2, 0]))) for _ in range(3)]

@@ -58,7 +58,7 @@ def installed(wheel, tmp_path_factory):
     return site
 
 
-def test_sdist_holds_the_licences_and_the_readme(sdist):
+def test_sdist_holds_the_licenses_and_the_readme(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "LICENSE-TEXT"} <= names
@@ -77,8 +77,8 @@ def test_its_name_is_not_that_of_another_package(wheel):
         (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(name).decode())
     assert metadata["Name"] == "gcvit-book"  # PyPI's gcvit is another one
-    licences = {Path(name).name for name in metadata.get_all("License-File")}
-    assert licences == {"LICENSE", "LICENSE-TEXT"}
+    licenses = {Path(name).name for name in metadata.get_all("License-File")}
+    assert licenses == {"LICENSE", "LICENSE-TEXT"}
 
 
 def test_it_works_where_it_is_installed(installed):

@@ -27,7 +27,7 @@ def code_cells(path):
 def texts():
     """Yield each text file of the project that may name its address."""
     patterns = ["*.md", "*.toml", "*.yml", "*.cff", "*.txt", "book/*", ".github/**/*"]
-    for pattern in (*patterns, "gcvit/*.py", "tools/*.py"):
+    for pattern in (*patterns, "gcvit/*.py", "tools/**/*.py"):
         for path in ROOT.glob(pattern):
             if path.is_file():
                 yield path, path.read_text(encoding="utf-8")
@@ -200,7 +200,7 @@ def test_hooks_mend_what_lint_checks():
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nlint:")[2]
     assert "make lint" in (ROOT / ".github" / "workflows" / "check.yml").read_text()
     checks = {
-        ".venv/bin/python tools/notebooks.py format": "$(BIN)/python tools/notebooks.py check\n",
+        ".venv/bin/python tools/book/notebooks.py format": "$(BIN)/python tools/book/notebooks.py check\n",
         ".venv/bin/ruff check --fix --force-exclude": "$(BIN)/ruff check .\n",
         ".venv/bin/ruff format --force-exclude": "$(BIN)/ruff format --check gcvit tests tools\n",
     }

@@ -16,8 +16,8 @@ def test_sides_are_a_quarter_rounded_up(size):
     assert tuple(y.shape) == layer.compute_output_shape((1, *size, 3))
 
 
-def test_neighbouring_patches_overlap():
-    """One pixel can reach two neighbouring outputs of the first convolution."""
+def test_neighboring_patches_overlap():
+    """One pixel can reach two neighboring outputs of the first convolution."""
     layer = PatchEmbed(4)
     x = np.zeros((1, 32, 32, 3), "float32")
     layer(x)

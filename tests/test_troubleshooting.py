@@ -15,7 +15,7 @@ QUOTED = [line for block in BLOCKS for line in block.replace("\n  ", " ").splitl
 def code():
     """Yield the source of all that a reader meets: package, tools, first cell, Makefile."""
     for folder in ("gcvit", "tools"):
-        for path in (ROOT / folder).glob("*.py"):
+        for path in (ROOT / folder).glob("**/*.py"):
             yield path.read_text(encoding="utf-8")
     notebook = nbformat.read(sorted((ROOT / "book").glob("*.ipynb"))[0], as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")

@@ -7,7 +7,7 @@ from conftest import to_numpy
 from keras import ops
 
 from gcvit import MLP, GCViT, ReduceSize, SqueezeAndExcitation
-from gcvit.unit_blocks import start_wide
+from gcvit.unit_blocks import reinit_glorot
 
 pytestmark = pytest.mark.numerics
 RNG = np.random.default_rng(0)
@@ -126,7 +126,7 @@ def test_a_wide_start_is_that_of_keras_and_follows_from_the_seed():
         model = GCViT((2,), 8, (2,), (2,), num_classes=3)
         model.build((None, 32, 32, 3))
         narrow = to_numpy(model.levels[0].blocks[0].mlp.fc1.kernel)
-        start_wide(model)
+        reinit_glorot(model)
         return narrow, to_numpy(model.levels[0].blocks[0].mlp.fc1.kernel)
 
     (narrow, wide), (_, again) = started(), started()

@@ -1,6 +1,6 @@
 """Open the built pages and say what is wrong with them.
 
-    python tools/check_html.py _build/html
+    python tools/book/check_html.py _build/html
 
 A build may end well although a page is broken: a chapter that was not executed, an image
 that was not copied, a directive that no one understood. `faults` finds what a reader would.
@@ -17,7 +17,7 @@ import nbformat
 import yaml
 from bs4 import BeautifulSoup
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HEAVIEST_PAGE = 1_500_000
 """Bytes of a page with its own images, without what all pages share."""
 HEAVIEST_BOOK = 25_000_000
@@ -134,7 +134,7 @@ def image_faults(page, html):
         if not alt or alt == source or alt == posixpath.basename(source):
             yield f"has an image without alt text: {source[:100]}"
     for drawing in page.article.find_all("svg"):
-        named = drawing.get("aria-label") or drawing.get("aria-labelledby") or drawing.find("title")
+        named = drawing.get("aria-label") or drawing.get("aria-labeledby") or drawing.find("title")
         if not named and drawing.get("aria-hidden") != "true":
             yield "has a drawing (svg) without a title or an aria-label"
 

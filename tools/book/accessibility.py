@@ -1,6 +1,6 @@
 """Look for what keeps readers out of the built pages, with axe, in a headless Chromium.
 
-    python tools/accessibility.py [PAGE ...]
+    python tools/book/accessibility.py [PAGE ...]
 
 Each page is opened wide and narrow, in light and in dark. Findings that axe calls serious or
 critical end in exit code 1. axe-core comes from the npm registry; its version is below.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from browser import Browser
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 AXE = "axe-core@4.14.1"
 WIDTHS = {"wide": 1400, "narrow": 390}
 SCHEMES = ("light", "dark")

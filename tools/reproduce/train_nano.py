@@ -1,6 +1,6 @@
 """Train the checkpoint that ships: gcvit_nano on the flowers' training split, from scratch.
 
-    TFDS_DATA_DIR=... python tools/train_nano.py
+    TFDS_DATA_DIR=... python tools/reproduce/train_nano.py
 
 Two phases: many short epochs at a small image size, then a few at the size that the preset
 is for, the position tables resized between them. The weights are a moving average. The
@@ -23,14 +23,14 @@ from gcvit import PRESETS, GCViT, load_checkpoint
 from gcvit.fine_tuning import (
     WarmupCosine,
     adamw,
-    crop_and_colour,
+    crop_and_color,
     flowers,
     jit_compile,
     make_dataset,
     one_hot,
     resize,
 )
-from gcvit.unit_blocks import start_wide
+from gcvit.unit_blocks import reinit_glorot
 from gcvit.weights import PACKAGED, save_safetensors
 
 PHASES = [
@@ -45,10 +45,10 @@ def train(photos, phase, start, batch_size, path):
     if start:
         load_checkpoint(model, start)
     else:
-        start_wide(model)
+        reinit_glorot(model)
 
     def augment(image, image_size, seed):
-        return crop_and_colour(image, image_size, seed, smallest=phase["smallest_crop"])
+        return crop_and_color(image, image_size, seed, smallest=phase["smallest_crop"])
 
     # Decoding and the first resize are paid once; crops come out of what they leave.
     stored = photos.train.map(

@@ -1,6 +1,6 @@
 """Ask every address that the package downloads from whether the file is still there.
 
-    python tools/check_addresses.py
+    python tools/book/check_addresses.py
 
 Nothing is downloaded: a HEAD request must answer with a file, of the size that is known.
 """

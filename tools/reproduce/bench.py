@@ -1,9 +1,9 @@
 """Measure how fast the model is, beside timm where that is installed, in one sitting.
 
-    python tools/bench.py                      # xxtiny, batches of 1 and 16, 224 and 448 px
-    python tools/bench.py --list               # the contestants that are installed here
-    python tools/bench.py --limits             # what the machine can do at most, by PyTorch
-    python tools/bench.py --precisions float32 bfloat16 --batches 1 32 256 --at-once 300
+    python tools/reproduce/bench.py            # xxtiny, batches of 1 and 16, 224 and 448 px
+    python tools/reproduce/bench.py --list     # the contestants that are installed here
+    python tools/reproduce/bench.py --limits   # what the machine can do at most, by PyTorch
+    python tools/reproduce/bench.py --precisions float32 bfloat16 --batches 1 32 256 --at-once 300
 
 A case is a task (a forward pass or a training step) at one batch, image size, precision and
 preset. Each contestant of a case has a process of its own, which is warmed up and then waits
@@ -40,7 +40,7 @@ from pathlib import Path
 
 from results import processor, write
 
-RESULTS = Path(__file__).resolve().parent.parent / "gcvit" / "results" / "bench.json"
+RESULTS = Path(__file__).resolve().parents[2] / "gcvit" / "results" / "bench.json"
 PACKAGES = ("gcvit-book", "keras", "tensorflow", "jax", "torch", "timm", "numpy")
 FORWARD = ("predict", "predict_on_batch")
 STEP = ("fit", "fit_remat", "train_on_batch")
@@ -180,7 +180,7 @@ def through_keras(case, model, loss, optimizer, mode):
     """Return what calls the model as a user does, with nothing set but optimizer and loss.
 
     On TensorFlow, `predict` and `fit` get what the book's pipelines give them. Keras's own, for
-    arrays, often waits at its end: see `gcvit.fine_tuning.untuned`.
+    arrays, often waits at its end: see `gcvit.fine_tuning.without_autotune`.
     """
     import keras
 
@@ -191,10 +191,10 @@ def through_keras(case, model, loss, optimizer, mode):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        from gcvit.fine_tuning import untuned
+        from gcvit.fine_tuning import without_autotune
 
         batches = tf.data.Dataset.from_tensor_slices((images, labels)).batch(batch).prefetch(1)
-        to_predict = to_fit = (untuned(batches),)
+        to_predict = to_fit = (without_autotune(batches),)
     calls = {
         "predict": lambda: model.predict(*to_predict, verbose=0),
         "predict_on_batch": lambda: model.predict_on_batch(images),
@@ -802,7 +802,7 @@ def main():
         return None
     if arguments.limits:
         return print(json.dumps(limits()))
-    command = shlex.join(["python", "tools/bench.py", *sys.argv[1:]])
+    command = shlex.join(["python", "tools/reproduce/bench.py", *sys.argv[1:]])
     if tunables := os.environ.get("GLIBC_TUNABLES"):  # how memory is handed over changes the times
         command = f"GLIBC_TUNABLES={shlex.quote(tunables)} {command}"
     results = {"records": []}

@@ -1,6 +1,6 @@
 """Draw the architecture of a preset with the shapes of a traced model.
 
-    python tools/draw_architecture.py
+    python tools/book/draw_architecture.py
 
 Writes book/_static/architecture.svg for the opening page, and a .png for the README. The
 same versions write the same bytes.
@@ -18,7 +18,7 @@ matplotlib.use("agg")
 
 from gcvit import PRESETS, GCViT, explain, figures
 
-STATIC = Path(__file__).resolve().parent.parent / "book" / "_static"
+STATIC = Path(__file__).resolve().parents[2] / "book" / "_static"
 
 
 def main():

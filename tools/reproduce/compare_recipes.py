@@ -1,6 +1,6 @@
 """Compare the two recipes from random weights: same photographs, split, size, epochs, seeds.
 
-    TFDS_DATA_DIR=... python tools/compare_recipes.py
+    TFDS_DATA_DIR=... python tools/reproduce/compare_recipes.py
 
 Each finished run is written to the results file and skipped next time; one that is cut off
 goes on from its backup. The better recipe's highest learning rate is chosen beforehand, on a
@@ -25,7 +25,7 @@ from gcvit import GCViT
 from gcvit.fine_tuning import RECIPES, Photographs, Plan, fit, flowers
 from gcvit.laboratory import interval
 
-RESULTS = Path(__file__).resolve().parent.parent / "gcvit" / "results" / "recipes.json"
+RESULTS = Path(__file__).resolve().parents[2] / "gcvit" / "results" / "recipes.json"
 PEAKS = (1e-3, 3e-3)
 PILOT_SEED = 100
 # From random weights no layer knows anything yet that lower rates could protect, and both
@@ -210,7 +210,7 @@ def main():
             parser.error(f"{arguments.out} holds results of other settings; move it away first.")
     packages = ("keras", "tensorflow", "numpy")
     results |= {
-        "command": f"python tools/compare_recipes.py --preset {arguments.preset} "
+        "command": f"python tools/reproduce/compare_recipes.py --preset {arguments.preset} "
         f"--image-size {arguments.image_size} --epochs {arguments.epochs} --seeds "
         + " ".join(map(str, sorted({*arguments.seeds, *(run["seed"] for run in results["runs"])}))),
         "hardware": hardware(),

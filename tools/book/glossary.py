@@ -1,7 +1,7 @@
 """Link each glossary term where a chapter first uses it.
 
-python tools/glossary.py link    # write the links
-python tools/glossary.py check   # say which are missing; exit 1 if any
+python tools/book/glossary.py link    # write the links
+python tools/book/glossary.py check   # say which are missing; exit 1 if any
 """
 
 import argparse

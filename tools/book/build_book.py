@@ -26,7 +26,7 @@ from jupyter_cache.base import CacheBundleIn
 from jupyter_cache.executors.utils import single_nb_execution
 from notebooks import tidied, what_failed, written
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BOOK, PACKAGE, BUILD = ROOT / "book", ROOT / "gcvit", ROOT / "_build"
 CACHE, STATES = BUILD / ".jupyter_cache", BUILD / "chapter_states.json"
 DOCTREES = BUILD / ".doctrees"

@@ -1,7 +1,7 @@
 """Run notebooks as Colab would: an empty folder, no clone, the first cell installs the package.
 
-    python tools/colab_run.py                        # every chapter
-    python tools/colab_run.py book/02-stem.ipynb
+    python tools/book/colab_run.py                        # every chapter
+    python tools/book/colab_run.py book/02-stem.ipynb
 
 What is Colab's here: the module `google.colab` is loaded before the first cell; the packages
 of the environment that runs this script are the host's, all but this one; no package of
@@ -26,7 +26,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from notebooks import what_failed
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "https://github.com/gcvit-book/gcvit-book"
 NOT_SOURCE = shutil.ignore_patterns(".*", "_build", "build", "dist", "__pycache__", "*.egg-info")
 OURS = ("gcvit", "__editable__")

@@ -1,9 +1,9 @@
 """Run every variant through timm as well, and write down how far the numbers are apart.
 
-    python tools/timm_reference.py
+    python tools/reproduce/timm_reference.py
 
 Needs timm and PyTorch. Writes gcvit/results/timm.json: for gcvit_nano, what timm computes
-from the checkpoint that ships, so that chapter 9 can compare without timm; for each preset,
+from the checkpoint that ships, so that chapter 13 can compare without timm; for each preset,
 the largest difference between the logits, with random weights that let every part of the
 model show in them.
 """
@@ -29,7 +29,7 @@ from gcvit import PRESETS, GCViT, explain
 from gcvit.fine_tuning import normalize
 from gcvit.weights import save_safetensors, slots
 
-RESULTS = Path(__file__).resolve().parent.parent / "gcvit" / "results" / "timm.json"
+RESULTS = Path(__file__).resolve().parents[2] / "gcvit" / "results" / "timm.json"
 
 
 def randomize(model, seed):
@@ -95,7 +95,7 @@ def main():
     parser.add_argument("--preset", action="append", choices=list(PRESETS), help="default: all")
     arguments = parser.parse_args()
     results = {
-        "command": "python tools/timm_reference.py",
+        "command": "python tools/reproduce/timm_reference.py",
         "versions": {name: importlib.metadata.version(name) for name in ("timm", "torch", "keras")},
         "backend": keras.backend.backend(),
         "variants": {},

@@ -1,7 +1,7 @@
 """Keep the chapter notebooks reviewable: no outputs, one format, stable cell ids.
 
-    python tools/notebooks.py format   # rewrite what is not
-    python tools/notebooks.py check    # say what is not; exit 1 if anything
+    python tools/book/notebooks.py format   # rewrite what is not
+    python tools/book/notebooks.py check    # say what is not; exit 1 if anything
 
 A cell keeps its id for ever; a cell without one gets one.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import nbformat
 
-BOOK = Path(__file__).resolve().parent.parent / "book"
+BOOK = Path(__file__).resolve().parents[2] / "book"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 KEPT_METADATA = ("tags", "mystnb")
 
