@@ -7,9 +7,10 @@ from gcvit.global_tokens import FeatureExtraction, GlobalQueryGenerator
 from gcvit.level import Level
 from gcvit.model import GCViT
 from gcvit.presets import PRESETS
+from gcvit.readers import CheckpointError
 from gcvit.stem import PatchEmbed
 from gcvit.unit_blocks import MLP, ReduceSize, SqueezeAndExcitation
-from gcvit.weights import CheckpointError, load_checkpoint
+from gcvit.weights import load_checkpoint
 
 __all__ = [
     "PRESETS",

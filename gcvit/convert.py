@@ -8,15 +8,11 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from gcvit.model import GCViT, scaled_windows
+from gcvit.model import GCViT
 from gcvit.presets import PRESETS
-from gcvit.weights import (
-    CheckpointError,
-    load_checkpoint,
-    read_tensors,
-    save_safetensors,
-    slots,
-)
+from gcvit.pretrained import scaled_windows
+from gcvit.readers import CheckpointError
+from gcvit.weights import load_checkpoint, read_tensors, save_safetensors, weight_specs
 
 RESULTS = Path(__file__).parent / "results"
 """Folder of what was measured elsewhere and ships with the package."""
@@ -199,7 +195,7 @@ def convert(source, target, naming="official", dtype="float32", image_size=None,
     _write(model, target, ending, naming, dtype)
     bar.update(2)
     load_checkpoint(twin, target)
-    pairs = zip(slots(model), slots(twin), strict=True)
+    pairs = zip(weight_specs(model), weight_specs(twin), strict=True)
     difference = (
         np.abs(keras.ops.convert_to_numpy(a.variable - b.variable)).max() for a, b in pairs
     )

@@ -20,13 +20,8 @@ from gcvit.fast import device_kinds
 from gcvit.fetch import FetchError, fetch
 from gcvit.model import GCViT
 from gcvit.presets import PRESETS
-from gcvit.weights import (
-    CheckpointError,
-    load_checkpoint,
-    locate,
-    save_safetensors,
-    training_notes,
-)
+from gcvit.readers import CheckpointError, training_notes
+from gcvit.weights import load_checkpoint, locate, save_safetensors
 
 # Photographs.
 

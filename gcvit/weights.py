@@ -1,34 +1,28 @@
-"""Chapter 7: checkpoints, read whole and checked before anything is assigned.
+"""Chapter 7: a model's weights under the names of three checkpoints, read and written whole.
 
 Three kinds of names are understood: those of the Keras release archive, of the official
 PyTorch repository and of timm. Each is derived from the attribute path of a variable in
-the model, so that a file's tensors and the model's variables can be compared one by one.
+the model, so that a file's tensors and the model's variables can be compared one by one,
+all of them before the first is assigned.
 """
 
-import argparse
-import contextlib
 import dataclasses
-import hashlib
-import io
-import json
 import math
 import os
 import re
-import zipfile
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from keras import layers, ops
 
+from gcvit import readers
 from gcvit.fetch import fetch
 from gcvit.global_tokens import bicubic_matrix
+from gcvit.readers import CheckpointError
 
 PACKAGED = Path(__file__).parent / "checkpoints"
 """Folder of the checkpoints that ship with the package."""
-
-
-class CheckpointError(ValueError):
-    """A file is not a whole and valid checkpoint of the model; the model is unchanged."""
 
 
 @dataclasses.dataclass
@@ -40,33 +34,55 @@ class LoadReport:
         loaded: number of tensors assigned.
         resized: names of the position tables that were resized to other windows.
         skipped: names of the head's tensors that were left as they were.
+        recolored: name of the first kernel, where it was changed to other colors.
     """
 
     naming: str
-    loaded: int
-    resized: list
-    skipped: list
+    loaded: int = 0
+    resized: list = dataclasses.field(default_factory=list)
+    skipped: list = dataclasses.field(default_factory=list)
+    recolored: str | None = None
 
 
 @dataclasses.dataclass
 class WeightSpec:
     """A variable of the model, and what each kind of checkpoint calls and how it lays it out.
 
-    A position table also knows its `window`, (height, width) in tokens.
+    Attributes:
+        variable: the variable.
+        names: its name in each kind of checkpoint: {"release", "official", "timm"}.
+        kind: "dense", "conv", "depthwise", "table" (of positions) or "vector".
+        layer: the layer that it belongs to.
     """
 
     variable: object
     names: dict
     kind: str
-    window: tuple = None
+    layer: object
 
     @property
     def is_head(self):
         return self.names["official"].startswith("head.")
 
     @property
-    def is_position_table(self):
-        return self.kind == "table"
+    def is_first_kernel(self):
+        return self.names["official"] == "patch_embed.proj.weight"
+
+    @property
+    def adapted(self):
+        """Whether the layer adds a LoRA adapter to this variable."""
+        return self.kind in ("dense", "conv") and getattr(self.layer, "lora_enabled", False)
+
+    @property
+    def value(self):
+        """What the layer computes with, as an array: a LoRA adapter is merged."""
+        return ops.convert_to_numpy(self.layer.kernel if self.adapted else self.variable)
+
+    def assign(self, value):
+        """Set the variable; a LoRA adapter starts from there, and adds nothing yet."""
+        self.variable.assign(value)
+        if self.adapted:
+            self.layer.lora_kernel_b.assign(ops.zeros_like(self.layer.lora_kernel_b))
 
     def to_torch(self, value, naming):
         """Lay a value out as PyTorch does: (out, in) and (out, in, height, width)."""
@@ -127,7 +143,13 @@ def _walk(layer, attribute, archive):
                 yield from _walk(sub, f"{attribute}.{name}.{i}", f"{archive}/{name}/{member}")
 
 
-def _walk_model(model):
+def sublayers(model):
+    """Yield each layer of a model that can hold weights, parents first.
+
+    Yields:
+        Its attribute path, such as "levels.0.blocks.1.attn"; its path in Keras's archives;
+        and the layer.
+    """
     paths = {id(model.patch_embed): "patch_embed", id(model.norm): "norm"}
     paths |= {id(level): f"levels.{i}" for i, level in enumerate(model.levels)}
     if model.include_top:
@@ -143,21 +165,22 @@ def _walk_model(model):
 def _own_variables(layer):
     """Yield a layer's own variables as (position, name in a state dict, kind, variable)."""
     if isinstance(layer, layers.LayerNormalization):
-        names = [("weight", "vector", layer.gamma), ("bias", "vector", layer.beta)]
+        own = [("weight", "vector", layer.gamma), ("bias", "vector", layer.beta)]
     elif isinstance(layer, (layers.Dense, layers.Conv2D, layers.DepthwiseConv2D)):
         kind = "dense" if isinstance(layer, layers.Dense) else "conv"
         kind = "depthwise" if isinstance(layer, layers.DepthwiseConv2D) else kind
-        names = [("weight", kind, layer.kernel)]
+        # `kernel` of a layer with a LoRA adapter is a sum, and no variable.
+        own = [("weight", kind, getattr(layer, "_kernel", layer.kernel))]
         if layer.use_bias:
-            names.append(("bias", "vector", layer.bias))
+            own.append(("bias", "vector", layer.bias))
     elif hasattr(layer, "relative_position_bias_table"):
         table = layer.relative_position_bias_table
-        names = [("relative_position_bias_table", "table", table)]
+        own = [("relative_position_bias_table", "table", table)]
     elif getattr(layer, "gamma1", None) is not None:
-        names = [("gamma1", "vector", layer.gamma1), ("gamma2", "vector", layer.gamma2)]
+        own = [("gamma1", "vector", layer.gamma1), ("gamma2", "vector", layer.gamma2)]
     else:
-        names = []
-    for position, (name, kind, variable) in enumerate(names):
+        own = []
+    for position, (name, kind, variable) in enumerate(own):
         yield position, name, kind, variable
 
 
@@ -192,7 +215,7 @@ def _timm_name(official, last_level):
     return re.sub(r"^norm\.", f"stages.{last_level}.norm.", name)
 
 
-def slots(model):
+def weight_specs(model):
     """Return a `WeightSpec` for every weight of a built model.
 
     Args:
@@ -200,11 +223,19 @@ def slots(model):
 
     Raises:
         ValueError: if the model is not built yet.
+        CheckpointError: if it is quantized: its numbers are no longer those of a checkpoint.
     """
     if not model.built:
         raise ValueError("Build the model before its weights are read or written.")
-    found = []
-    for attribute, archive, layer in _walk_model(model):
+    specs = []
+    for attribute, archive, layer in sublayers(model):
+        mode = getattr(layer, "quantization_mode", None)
+        if mode is not None:
+            raise CheckpointError(
+                f"The model is quantized ({attribute} is {mode}), and a checkpoint holds weights "
+                "that are not. Read it before you quantize; to write the quantized model, use "
+                'model.save("model.keras").'
+            )
         for position, name, kind, variable in _own_variables(layer):
             official = f"{attribute}.{name}".replace(".down.", ".downsample.")
             names = {
@@ -212,150 +243,11 @@ def slots(model):
                 "official": official,
                 "timm": _timm_name(official, len(model.levels) - 1),
             }
-            window = layer.window_size if kind == "table" else None
-            found.append(WeightSpec(variable, names, kind, window))
-    return found
+            specs.append(WeightSpec(variable, names, kind, layer))
+    return specs
 
 
-# Reading: each reader returns {name: a thing with .shape, and a function that reads it}.
-
-
-@dataclasses.dataclass
-class _Tensor:
-    shape: tuple
-    read: object
-
-
-def _is_state_of_training(name):
-    """Tell whether an entry belongs to an optimizer, a metric or a random seed."""
-    return name.startswith(("optimizer/", "metrics/")) or "/seed/" in name or "seed_gen" in name
-
-
-def _read_h5(stream, limit):
-    import h5py
-
-    tensors = {}
-
-    def visit(group, prefix):
-        for key in group:
-            path = f"{prefix}{key}"
-            # A soft or external link could lead out of the file.
-            if not isinstance(group.get(key, getlink=True), h5py.HardLink):
-                raise CheckpointError(f"{path} is a link; a checkpoint holds its tensors itself.")
-            item = group[key]
-            if isinstance(item, h5py.Group):
-                if path.count("/") > 32:
-                    raise CheckpointError(f"{path[:80]}… is nested too deeply for a checkpoint.")
-                visit(item, f"{path}/")
-            elif not _is_state_of_training(path):
-                if item.external or item.is_virtual:
-                    raise CheckpointError(f"{path} keeps its values in another file.")
-                if item.dtype.kind != "f" or item.nbytes > limit:
-                    raise CheckpointError(
-                        f"{path} should hold at most {limit:,} bytes of floating-point numbers; "
-                        f"it says {item.dtype} {item.shape}."
-                    )
-                tensors[path] = _Tensor(item.shape, lambda item=item: item[()])
-
-    visit(h5py.File(stream, "r"), "")
-    return tensors
-
-
-def _check_size(what, size, limit):
-    if size > limit:
-        raise CheckpointError(f"{what} {size:,} bytes; at most {limit:,} can belong to this model.")
-
-
-def _read_torch(path, archive, limit):
-    total = sum(info.file_size for info in archive.infolist())
-    _check_size(f"{path} unpacks to", total, limit)
-    broken = archive.testzip()
-    if broken is not None:
-        raise CheckpointError(f"{path} is damaged: {broken} in it is not what was written.")
-    try:
-        import torch
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path} is a PyTorch checkpoint, which only PyTorch can read: pip install torch."
-        ) from error
-    # weights_only=True refuses a pickle that would run code. Training scripts leave their
-    # arguments, a Namespace of plain values, beside the weights.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise CheckpointError(f"{path} does not hold a state dict of tensors.")
-    return {
-        name: _Tensor(
-            tuple(value.shape),
-            # NumPy has no bfloat16.
-            lambda value=value: (value.float() if value.is_floating_point() else value).numpy(),
-        )
-        for name, value in state.items()
-    }
-
-
-def _read_safetensors(path):
-    from safetensors.numpy import load
-
-    data = Path(path).read_bytes()
-    digest = _header_of(data).get(_DIGEST)
-    if digest is not None and digest != _payload_digest(data):
-        raise CheckpointError(f"{path} is damaged: its values are not those that were written.")
-    return {
-        name: _Tensor(value.shape, lambda value=value: value) for name, value in load(data).items()
-    }
-
-
-# The format has no checksum. Files that are written here carry one under this name.
-_DIGEST = "payload_sha256"
-
-
-def _payload_start(data):
-    return 8 + int.from_bytes(data[:8], "little")
-
-
-def _header_of(data):
-    """Return the metadata in the header of a `.safetensors` file, given its bytes."""
-    return json.loads(data[8 : _payload_start(data)]).get("__metadata__", {})
-
-
-def _payload_digest(data):
-    return hashlib.sha256(memoryview(data)[_payload_start(data) :]).hexdigest()
-
-
-def _read_archive(path, limit):
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        if "model.weights.h5" in names:
-            info = archive.getinfo("model.weights.h5")
-            _check_size(f"{info.filename} in {path} unpacks to", info.file_size, limit)
-            # zipfile checks the CRC as it reads.
-            return _read_h5(io.BytesIO(archive.read(info)), limit)
-        if any(name.endswith("/data.pkl") for name in names):
-            return _read_torch(path, archive, limit)
-    raise CheckpointError(
-        f"{path} is a zip file, but neither a Keras archive nor a PyTorch checkpoint; it "
-        f"holds {', '.join(names[:3]) or 'nothing'}."
-    )
-
-
-def _read(path, limit):
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if start.startswith(b"PK"):
-        return _read_archive(path, limit)
-    if start.startswith(b"\x89HDF"):
-        _check_size(f"{path} takes", os.path.getsize(path), limit)
-        return _read_h5(io.BytesIO(Path(path).read_bytes()), limit)
-    if start[8:9] == b"{":
-        _check_size(f"{path} takes", os.path.getsize(path), limit)
-        return _read_safetensors(path)
-    shown = repr(start.decode("latin-1")) if start else "nothing: it is empty"
-    raise CheckpointError(
-        f"{path} is no checkpoint that is known here (.keras, .weights.h5, .safetensors, "
-        f".pth.tar); it starts with {shown}."
-    )
+# Reading.
 
 
 def _naming_of(names):
@@ -366,91 +258,29 @@ def _naming_of(names):
     return "official"
 
 
-def _resized_table(table, window):
-    """Resize a square window's position table, (rows, heads), to another window, bicubically."""
-    old = math.isqrt(len(table))
-    rows, columns = (ops.convert_to_numpy(bicubic_matrix(old, 2 * side - 1)) for side in window)
-    grid = table.reshape(old, old, -1)
-    return np.einsum("pi,ijh,qj->pqh", rows, grid, columns).reshape(-1, table.shape[1])
+# What a wrapper puts before each name, as `module.` of DataParallel, `_orig_mod.` of
+# torch.compile or `backbone.` of a detector, stands before the first convolution's too.
+_FIRST_KERNEL = re.compile(r"(.*\.)(patch_embed\.proj|stem\.conv1)\.weight")
 
 
-def _fits_by_resizing(slot, shape):
-    """Tell whether a tensor is a table of the same heads for a square window.
-
-    The rows of a table tell its window only where that is square, as all published ones are.
-    """
-    if not slot.is_position_table or len(shape) != 2:
-        return False
-    return shape[1] == slot.variable.shape[1] and math.isqrt(shape[0]) ** 2 == shape[0]
-
-
-def _few(names):
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def with_digest(tensors, metadata=None):
-    """Return the bytes of a `.safetensors` file that carries a checksum of its values.
-
-    Args:
-        tensors: a dict of arrays.
-        metadata: a dict of strings for the header, or `None`.
-    """
-    from safetensors.numpy import save
-
-    digest = _payload_digest(save(tensors))
-    return save(tensors, {**(metadata or {}), _DIGEST: digest})
-
-
-def load_checkpoint(model, path, skip_head_mismatch=False, skip_head=False, sha256=None):
-    """Read a checkpoint into a model, all of it or nothing.
-
-    Args:
-        model: a built `GCViT`.
-        path: a `.keras` archive, `.weights.h5`, `.safetensors` or PyTorch file.
-        skip_head_mismatch: leave the head as it is where the file's has another number
-            of classes; default `False`.
-        skip_head: leave the head as it is in any case; default `False`.
-        sha256: the hash that the file must have; default `None`: not checked. Formats
-            differ in what they notice themselves: `.keras`, `.pth.tar` and the
-            `.safetensors` that `save_safetensors` writes carry checksums, `.weights.h5` and
-            other `.safetensors` do not.
-
-    Returns:
-        A `LoadReport`.
-
-    Raises:
-        CheckpointError: if the file is damaged or foreign, or a tensor is missing, not
-            expected, of another shape or not finite. The model is unchanged.
-        FileNotFoundError: if there is no such file.
-    """
-    path = os.fspath(path)
-    wanted = slots(model)
-    # Bytes that a file can have: the weights, an optimizer's two moments, an average of the
-    # weights, each in 4-byte floats, and 2 MB for the names.
-    limit = 4 * 4 * sum(int(np.prod(slot.variable.shape)) for slot in wanted) + 2_000_000
-    with _named_errors(path):
-        if sha256 is not None:
-            _check_hash(path, sha256)
-        naming, tensors = read_tensors(path, limit)
-        plan, report = _plan(wanted, tensors, naming, skip_head_mismatch, skip_head, path)
-    for slot, value in plan:
-        slot.variable.assign(value)
-    return report
-
-
-@contextlib.contextmanager
-def _named_errors(path):
-    """Turn whatever the parsers raise on a damaged file into an error that names the file."""
-    try:
-        yield
-    except (CheckpointError, FileNotFoundError, MemoryError):
-        raise
-    except Exception as error:
+def _unwrapped(tensors, path):
+    """Return the tensors under their names without what a wrapper has put before them."""
+    prefixes = {match[1] for match in map(_FIRST_KERNEL.fullmatch, tensors) if match}
+    if not prefixes:
+        return tensors
+    if len(prefixes) > 1:
         raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error}). It may be "
-            "a download that broke off: delete it and fetch it again."
-        ) from error
+            f"{path} holds several models ({', '.join(sorted(prefixes))}): save the one that you "
+            "want in a file of its own."
+        )
+    (prefix,) = prefixes
+    # Parts that a detector or a trainer adds may lack some of the prefix, as `head.` does
+    # beside `backbone.`, or lie beside it.
+    outer = prefix.removesuffix("backbone.")
+    names = {name: name.removeprefix(prefix).removeprefix(outer) for name in tensors}
+    if len(set(names.values())) < len(names):
+        raise CheckpointError(f"{path} holds some tensors twice, with and without {prefix}.")
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def read_tensors(path, limit):
@@ -462,113 +292,230 @@ def read_tensors(path, limit):
 
     Returns:
         Whose names they are, "release", "official" or "timm", and a dict from name to a
-        thing with a `shape` and a function `read` that returns an array.
+        `readers.Tensor`. What wrappers put before the names is taken away.
 
     Raises:
-        CheckpointError: if the file is damaged, foreign or larger than the limit.
+        CheckpointError: if the file is damaged, of no kind that is read, or larger than the
+            limit.
         FileNotFoundError: if there is no such file.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no checkpoint file at {path}.")
-    with _named_errors(path):
-        tensors = {
-            name: tensor
-            for name, tensor in _read(path, limit).items()
-            if not name.endswith("relative_position_index")  # a constant, not a weight
-        }
+    tensors = {
+        name: tensor
+        for name, tensor in _unwrapped(readers.read(path, limit), path).items()
+        if not name.endswith("relative_position_index")  # a constant, not a weight
+    }
     return _naming_of(tensors), tensors
 
 
-def _check_hash(path, sha256):
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise CheckpointError(
-            f"{path} has the hash {found}; {sha256} was expected. Delete it and fetch it again."
-        )
+def load_checkpoint(
+    model, path, skip_head_mismatch=False, skip_head=False, sha256=None, recolor=False
+):
+    """Read a checkpoint into a model, all of it or nothing.
+
+    Names that a wrapper has lengthened (`module.`, `model.`, `_orig_mod.`, `backbone.`) are
+    understood, and of a training script's file its first container out of `state_dict`,
+    `model`, `state_dict_ema` and `model_ema` is taken. LoRA adapters start anew on the weights
+    that are read.
+
+    Args:
+        model: a built `GCViT`.
+        path: a `.keras` archive, a `.weights.h5`, `.safetensors` or PyTorch file, or the index
+            of one in parts: see `readers.read`.
+        skip_head_mismatch: leave the head as it is where the file's has another number
+            of classes; default `False`.
+        skip_head: leave the head as it is in any case; default `False`.
+        sha256: the hash that the file must have; default `None`: not checked. Formats
+            differ in what they notice themselves: `.keras`, `.pth.tar` and the
+            `.safetensors` that `save_safetensors` writes carry checksums, `.weights.h5` and
+            other `.safetensors` do not.
+        recolor: fit the first kernel where the file's images have another number of
+            channels; default `False`. For one channel the file's are summed, for more they
+            are repeated and scaled so that their sum stays, as timm does.
+
+    Returns:
+        A `LoadReport`.
+
+    Raises:
+        CheckpointError: if the file is damaged or foreign, or a tensor is missing, not
+            expected, of another shape or not finite, or if the model is quantized. The model
+            is unchanged.
+        FileNotFoundError: if there is no such file.
+    """
+    plan, report = plan_loading(
+        model, path, skip_head_mismatch, skip_head=skip_head, sha256=sha256, recolor=recolor
+    )
+    for spec, value in plan:
+        spec.assign(value)
+    return report
 
 
-def _plan(wanted, tensors, naming, skip_head_mismatch, skip_head, path):
-    by_name = {slot.names[naming]: slot for slot in wanted}
-    head = {name for name, slot in by_name.items() if slot.is_head}
-    report = LoadReport(naming, 0, [], [])
-    differs = {
-        name
-        for name in head
-        if name not in tensors or tuple(tensors[name].shape) != by_name[name].shape_in(naming)
-    }
-    if skip_head or (skip_head_mismatch and differs):
+def plan_loading(
+    model, path, skip_head_mismatch=False, skip_head=False, sha256=None, recolor=False
+):
+    """Check what `load_checkpoint` would assign, and assign nothing.
+
+    Args: those of `load_checkpoint`.
+
+    Returns:
+        Pairs of a `WeightSpec` and its new value, and the `LoadReport`.
+    """
+    path = os.fspath(path)
+    specs = weight_specs(model)
+    # Bytes that a file can have: the weights, an optimizer's two moments, an average of the
+    # weights, each in 4-byte floats, and 2 MB for the names. Several containers of a training
+    # script stay below that too.
+    limit = 4 * 4 * sum(math.prod(spec.variable.shape) for spec in specs) + 2_000_000
+    if sha256 is not None:
+        readers.check_hash(path, sha256)
+    naming, tensors = read_tensors(path, limit)
+    by_name = {spec.names[naming]: spec for spec in specs}
+    report = LoadReport(naming)
+    head = {name for name, spec in by_name.items() if spec.is_head}
+    if skip_head or (skip_head_mismatch and _differ(head, by_name, tensors, naming)):
         report.skipped = sorted(head)
+    _check_names(by_name, tensors, head, report, path)
+    plan = []
+    with readers.naming_the_file(path):
+        for name, spec in by_name.items():
+            if name not in report.skipped:
+                value = _fitted(name, spec, tensors[name], report, recolor, path)
+                plan.append((spec, value))
+    report.loaded = len(plan)
+    return plan, report
+
+
+def _differ(names, by_name, tensors, naming):
+    """Tell whether some of these tensors are missing or have another shape."""
+    return any(
+        name not in tensors or tuple(tensors[name].shape) != by_name[name].shape_in(naming)
+        for name in names
+    )
+
+
+def _check_names(by_name, tensors, head, report, path):
+    """Raise an error unless the file has all of the model's tensors and no others."""
     missing = set(by_name) - set(tensors) - set(report.skipped)
     extra = set(tensors) - set(by_name)
     if not head:  # a model without its top takes a checkpoint with one
         extra = {name for name in extra if not name.startswith("head")}
     if missing or extra:
-        lines = [f"{path} is not a checkpoint of this model ({naming} names)."]
+        lines = [f"{path} is not a checkpoint of this model ({report.naming} names)."]
         if missing:
             lines.append(f"Missing: {_few(missing)}.")
         if extra:
             lines.append(f"Not expected: {_few(extra)}.")
+        lines.append("`gcvit.convert.architecture` tells which model a file belongs to.")
         raise CheckpointError(" ".join(lines))
-    plan = []
-    for name, slot in by_name.items():
-        if name in report.skipped:
-            continue
-        shape, expected = tuple(tensors[name].shape), slot.shape_in(naming)
-        resize = shape != expected and _fits_by_resizing(slot, shape)
-        if shape != expected and not resize:
-            hint = " For another number of classes, skip the head." if slot.is_head else ""
-            raise CheckpointError(
-                f"{name} in {path} has shape {shape}; this model wants {expected}.{hint}"
+
+
+def _few(names):
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _fitted(name, spec, tensor, report, recolor, path):
+    """Return a tensor's value as the model's variable wants it, and note what was changed."""
+    shape, expected = tuple(tensor.shape), spec.shape_in(report.naming)
+    resize = shape != expected and _fits_by_resizing(spec, shape)
+    colors = 2 if report.naming == "release" else 1  # the axis of the channels in
+    new_colors = (
+        spec.is_first_kernel
+        and len(shape) == 4
+        and np.delete(shape, colors).tolist() == np.delete(expected, colors).tolist()
+        and shape != expected
+    )
+    if shape != expected and not resize and not (new_colors and recolor):
+        hint = " For another number of classes, skip the head." if spec.is_head else ""
+        if new_colors:
+            hint = (
+                " For another number of channels, pass recolor=True to load_checkpoint, or build "
+                "the model with from_preset, which sums or repeats the file's."
             )
-        value = np.asarray(tensors[name].read())
-        if value.dtype.kind != "f":
-            raise CheckpointError(f"{name} in {path} holds {value.dtype}, not floating point.")
-        value = value.astype("float32")
-        if not np.isfinite(value).all():
-            raise CheckpointError(f"{name} in {path} holds values that are not finite.")
-        if naming != "release":
-            value = slot.from_torch(value)
-        if resize:
-            value = _resized_table(value, slot.window)
-            report.resized.append(name)
-        plan.append((slot, value))
-    report.loaded = len(plan)
-    return plan, report
+        raise CheckpointError(
+            f"{name} in {path} has shape {shape}; this model wants {expected}.{hint}"
+        )
+    value = np.asarray(tensor.read())
+    if value.dtype.kind != "f" and value.dtype != ml_dtypes.bfloat16:
+        raise CheckpointError(f"{name} in {path} holds {value.dtype}, not floating point.")
+    _check_range(value, spec.variable.dtype, f"{name} in {path} holds")
+    value = value.astype("float32")
+    if report.naming != "release":
+        value = spec.from_torch(value)
+    if resize:
+        value = _resized_table(value, spec.layer.window_size)
+        report.resized.append(name)
+    if new_colors:
+        value = _recolored(value, spec.variable.shape[2])
+        report.recolored = name
+    return value
 
 
-def holds_optimizer(path):
-    """Tell whether a file is one of Keras's `.weights.h5` with an optimizer's state in it."""
-    import h5py
+def _check_range(value, dtype, holder):
+    """Raise an error unless all numbers are finite, and stay so in another number format."""
+    if not np.isfinite(value).all():
+        raise CheckpointError(f"{holder} values that are not finite.")
+    largest = float(ml_dtypes.finfo(dtype).max)
+    if value.size and np.abs(value.astype("float64")).max() > largest:
+        raise CheckpointError(f"{holder} values above {largest:.0f}, the largest {dtype}.")
 
-    if not os.fspath(path).endswith(".weights.h5") or not h5py.is_hdf5(path):
+
+def _resized_table(table, window):
+    """Resize a square window's position table, (rows, heads), to another window, bicubically."""
+    old = math.isqrt(len(table))
+    rows, columns = (ops.convert_to_numpy(bicubic_matrix(old, 2 * side - 1)) for side in window)
+    grid = table.reshape(old, old, -1)
+    return np.einsum("pi,ijh,qj->pqh", rows, grid, columns).reshape(-1, table.shape[1])
+
+
+def _fits_by_resizing(spec, shape):
+    """Tell whether a tensor is a table of the same heads for a square window.
+
+    The rows of a table tell its window only where that is square, as all published ones are.
+    """
+    if spec.kind != "table" or len(shape) != 2:
         return False
-    with h5py.File(path, "r") as file:
-        return len(file.get("optimizer/vars", ())) > 0
+    return shape[1] == spec.variable.shape[1] and math.isqrt(shape[0]) ** 2 == shape[0]
+
+
+def _recolored(kernel, channels):
+    """Return the first kernel, (height, width, in, out), for images of other channels."""
+    if channels == 1:
+        return kernel.sum(axis=2, keepdims=True)
+    given = kernel.shape[2]
+    return kernel[:, :, np.arange(channels) % given] * (given / channels)
+
+
+# Writing.
 
 
 def save_safetensors(model, path, dtype="float32", metadata=None, naming="official"):
     """Write a model's weights as `.safetensors`, with a checksum in the header.
 
     Args:
-        model: a built `GCViT`.
+        model: a built `GCViT`. LoRA adapters are merged into the weights.
         path: the file to write; it is replaced only when the new one is whole.
         dtype: "float32", the default, or "float16", half the size.
         metadata: a dict of strings to keep in the file's header.
         naming: "official", the default, or "timm": whose names the tensors get.
+
+    Raises:
+        CheckpointError: for a quantized model, and for weights that are not finite, as after
+            a training that diverged, or too large for float16. Nothing is written.
     """
-    tensors = {
-        slot.names[naming]: np.ascontiguousarray(
-            slot.to_torch(ops.convert_to_numpy(slot.variable), naming).astype(dtype)
-        )
-        for slot in slots(model)
-    }
+    tensors = {}
+    for spec in weight_specs(model):
+        name, value = spec.names[naming], spec.value
+        _check_range(value, dtype, f"{name} cannot be written to {path}: it holds")
+        tensors[name] = np.ascontiguousarray(spec.to_torch(value, naming).astype(dtype))
     unfinished = Path(f"{os.fspath(path)}.{os.getpid()}.part")
     try:
-        unfinished.write_bytes(with_digest(tensors, metadata))
+        unfinished.write_bytes(readers.with_digest(tensors, metadata))
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+# Presets' files.
 
 
 def looks_like_path(weights):
@@ -588,9 +535,3 @@ def locate(entry):
     if "file" in entry:
         return PACKAGED / entry["file"]
     return fetch(entry["url"], entry["size"], entry["sha256"], entry["name"])
-
-
-def training_notes(path):
-    """Return what a `.safetensors` checkpoint says of its own making, as a dict."""
-    notes = _header_of(Path(path).read_bytes())
-    return {name: value for name, value in notes.items() if name != _DIGEST}

@@ -4,7 +4,7 @@ import pytest
 from conftest import small_model
 
 from gcvit import PRESETS, GCViT, GlobalQueryGenerator, WindowAttention, cost
-from gcvit.model import scaled_windows
+from gcvit.pretrained import scaled_windows
 from gcvit.stem import PatchEmbed
 from gcvit.unit_blocks import MLP, ReduceSize
 

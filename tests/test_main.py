@@ -10,7 +10,8 @@ from PIL import Image
 
 from gcvit import GCViT, fine_tuning
 from gcvit.__main__ import COMMANDS, main
-from gcvit.weights import PACKAGED, CheckpointError, training_notes
+from gcvit.readers import CheckpointError, training_notes
+from gcvit.weights import PACKAGED
 
 NANO = PACKAGED / "gcvit_nano-flowers.safetensors"
 
@@ -238,5 +239,5 @@ def test_convert_fails_in_one_sentence(tmp_path, capsys):
     (tmp_path / "page.keras").write_text("<html>")
     assert main(["convert", str(tmp_path / "page.keras"), str(tmp_path / "out.keras")]) == 1
     shown = capsys.readouterr()
-    assert shown.err.startswith("gcvit: ") and "no checkpoint that is known" in shown.err
+    assert shown.err.startswith("gcvit: ") and "of a kind that is not supported" in shown.err
     assert not (tmp_path / "out.keras").exists()

@@ -8,7 +8,7 @@ import pytest
 from conftest import run, run_features, slow_on_jax, small_model, to_numpy
 
 from gcvit import PRESETS, GCViT, fast, load_checkpoint
-from gcvit.model import scaled_windows
+from gcvit.pretrained import scaled_windows
 from gcvit.unit_blocks import reinit_glorot
 
 pytestmark = pytest.mark.numerics

@@ -152,7 +152,18 @@ def test_keras_cv_is_imported_in_one_place():
 def test_imports_run_one_way():
     """A module imports only from those before it, in the order of the chapters."""
     order = ["checks", "fetch", "fast", "unit_blocks", "stem", "global_tokens", "attention"]
-    order += ["block", "level", "presets", "weights", "model", "convert", "cost", "fine_tuning"]
+    order += [
+        "block",
+        "level",
+        "presets",
+        "readers",
+        "weights",
+        "pretrained",
+        "model",
+        "convert",
+        "cost",
+        "fine_tuning",
+    ]
     order += ["figures", "explain", "explorer", "laboratory"]
     for path in (ROOT / "gcvit").glob("*.py"):
         if path.stem in ("__init__", "__main__"):

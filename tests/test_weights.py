@@ -18,7 +18,8 @@ from conftest import (
 )
 
 from gcvit import PRESETS, CheckpointError, GCViT, load_checkpoint
-from gcvit.weights import PACKAGED, save_safetensors, slots, training_notes
+from gcvit.readers import training_notes
+from gcvit.weights import PACKAGED, save_safetensors, weight_specs
 
 RELEASE = FIXTURES / "release_layout_small.keras"
 
@@ -40,7 +41,7 @@ def test_release_archive_gives_its_probabilities(load, release):
 def test_layout_is_the_published_archives(xxtiny_layout):
     """Every dataset of the published file has its variable, with the same shape."""
     model = GCViT.from_preset("gcvit_xxtiny", weights=None)
-    ours = {slot.names["release"]: list(slot.variable.shape) for slot in slots(model)}
+    ours = {s.names["release"]: list(s.variable.shape) for s in weight_specs(model)}
     assert ours == xxtiny_layout
 
 
@@ -49,7 +50,7 @@ def test_keras_writes_the_names_that_are_read_here(tmp_path):
     model.save_weights(tmp_path / "m.weights.h5")
     twin = small_model(layer_scale=0.5)
     report = load_checkpoint(twin, tmp_path / "m.weights.h5")
-    assert report.naming == "release" and report.loaded == len(slots(model))
+    assert report.naming == "release" and report.loaded == len(weight_specs(model))
     assert same_weights(twin, weights_of(model))
 
 
@@ -85,7 +86,7 @@ def test_head_of_another_size_is_skipped_when_asked_for(official_file):
 
 def test_model_without_top_takes_a_checkpoint_with_one(official_file):
     report = load_checkpoint(small_model(include_top=False), official_file)
-    assert report.loaded == len(slots(small_model())) - 2
+    assert report.loaded == len(weight_specs(small_model())) - 2
 
 
 def test_position_tables_are_resized_to_other_windows(official_file):

@@ -296,7 +296,7 @@ class Corpus:
     """
 
     def __init__(self, reader, model, folder, marker, seed):
-        from gcvit.weights import slots
+        from gcvit.weights import weight_specs
 
         self.reader, self.model, self.folder = reader, model, folder
         self.marker, self.seed = marker, seed
@@ -306,7 +306,7 @@ class Corpus:
             s.names[naming]: np.array(
                 s.variable if naming == "release" else s.to_torch(np.array(s.variable), naming)
             )
-            for s in slots(model)
+            for s in weight_specs(model)
         }
         self.whole = self.written(self.state)
 
@@ -320,7 +320,7 @@ class Corpus:
             return self._torch({k: v for k, v in state.items()})
         from safetensors.numpy import save
 
-        from gcvit.weights import with_digest
+        from gcvit.readers import with_digest
 
         state = {name: np.ascontiguousarray(value) for name, value in state.items()}
         return with_digest(state) if self.reader == "safetensors" else save(state)

@@ -27,7 +27,7 @@ from timm.layers import SqueezeExcite
 
 from gcvit import PRESETS, GCViT, explain
 from gcvit.fine_tuning import normalize
-from gcvit.weights import save_safetensors, slots
+from gcvit.weights import save_safetensors, weight_specs
 
 RESULTS = Path(__file__).resolve().parents[2] / "gcvit" / "results" / "timm.json"
 
@@ -35,11 +35,11 @@ RESULTS = Path(__file__).resolve().parents[2] / "gcvit" / "results" / "timm.json
 def randomize(model, seed):
     """Give a model weights of a size that makes each of them matter in the logits."""
     draw = np.random.default_rng(seed)
-    for slot in slots(model):
-        shape, name = tuple(slot.variable.shape), slot.names["official"].rsplit(".", 1)[-1]
+    for spec in weight_specs(model):
+        shape, name = tuple(spec.variable.shape), spec.names["official"].rsplit(".", 1)[-1]
         values = draw.normal(size=shape)
-        if len(shape) > 1 and slot.kind != "table":  # keep the size of what passes through
-            fan_in = np.prod(shape[:2]) if slot.kind == "depthwise" else np.prod(shape[:-1])
+        if len(shape) > 1 and spec.kind != "table":  # keep the size of what passes through
+            fan_in = np.prod(shape[:2]) if spec.kind == "depthwise" else np.prod(shape[:-1])
             values = values / fan_in**0.5
         elif name.startswith("gamma"):
             values = 0.5 + 0.2 * values
@@ -47,7 +47,7 @@ def randomize(model, seed):
             values = 1 + 0.2 * values
         else:
             values = 0.3 * values
-        slot.variable.assign(values.astype("float32"))
+        spec.variable.assign(values.astype("float32"))
 
 
 def in_timm(model, image_size):

@@ -1,0 +1,286 @@
+"""Chapter 7: what a model does besides computing: presets, files, and leaving Keras."""
+
+import difflib
+import warnings
+
+import keras
+
+from gcvit import readers
+from gcvit import weights as checkpoints
+from gcvit.checks import pair
+from gcvit.presets import PRESETS
+
+# Pixels of the image for each token of the window's side, level by level, where windows
+# are scaled with the image: 224 px give windows of 7, 7, 14 and 7.
+_WINDOW_RATIO = (32, 32, 16, 32)
+
+
+def scaled_windows(image_size):
+    """Return the windows of the four levels that grow and shrink with the image.
+
+    Args:
+        image_size: side of the image in pixels, or its (height, width); multiples of 32.
+
+    Returns:
+        Four (height, width) pairs.
+
+    Raises:
+        ValueError: if a side is not a multiple of 32.
+
+    Source: timm, `gcvit.py`, `window_ratio`.
+    """
+    sides = pair("image_size", image_size)
+    if any(side % 32 for side in sides):
+        raise ValueError(
+            "Windows can only be scaled to an image whose sides are multiples of 32; got "
+            f"{sides[0]} x {sides[1]} px. For any other size, keep the preset's windows: "
+            "leave image_size out and pass images of the size you have."
+        )
+    return tuple(tuple(side // ratio for side in sides) for ratio in _WINDOW_RATIO)
+
+
+class PretrainedModel(keras.Model):
+    """A model that is built from presets and reads and writes checkpoints, all or nothing.
+
+    A subclass has the layers that `weights.sublayers` names, `in_channels`, and the size of the
+    images that it was built for in `built_size`, (height, width) in pixels or `None`.
+    """
+
+    @classmethod
+    def from_preset(cls, preset, weights="default", image_size=None, new_head=False, **overrides):
+        """Build a published variant, with its weights.
+
+        Args:
+            preset: a name in `gcvit.PRESETS`.
+            weights: a name that the preset lists (`PRESETS[preset]["weights"]`), which is
+                fetched once into Keras's cache; a path to a file; or `None` for random
+                weights. Default "default": the first that the preset lists.
+            image_size: side in pixels, or (height, width), to scale the windows to.
+                Default: the preset's windows are kept, and any image is taken.
+            new_head: leave the head at random, even where the checkpoint's has as many
+                classes; default `False`.
+            **overrides: constructor arguments that replace the preset's. With another
+                `num_classes`, the head starts at random; with another `in_channels`, the
+                first kernel is summed or repeated. A line says so.
+
+        Returns:
+            A built model.
+
+        Raises:
+            ValueError: for an unknown preset or weights, with the nearest names.
+            gcvit.CheckpointError: for a file that is not this model's checkpoint.
+            gcvit.FetchError: if the weights cannot be fetched.
+        """
+        entry = _nearest("preset", preset, PRESETS)
+        size = pair("image_size", image_size or entry["image_size"])
+        config = {**entry["config"], **overrides}
+        if image_size is not None:
+            config["window_size"] = scaled_windows(size)
+        # Found before the model is built, so that a network that fails is known of at once.
+        source, sha256 = _source(preset, weights)
+        model = cls(**config)
+        model.build((None, *size, model.in_channels))
+        if source is None:
+            return model
+        report = checkpoints.load_checkpoint(
+            model,
+            source,
+            skip_head_mismatch="num_classes" in overrides,
+            skip_head=new_head,
+            sha256=sha256,
+            recolor="in_channels" in overrides,
+        )
+        if report.skipped:
+            print(f"The head, of {model.num_classes} classes, starts at random.")
+        if report.recolored:
+            done = "summed" if model.in_channels == 1 else "repeated and scaled"
+            print(f"The first kernel is {done} for images of {model.in_channels} channels.")
+        return model
+
+    # Files.
+
+    def load_weights(self, filepath, skip_mismatch=False, **kwargs):
+        """Read a checkpoint, all of it or nothing. Keras's own loader can stop half-way.
+
+        The state of a built optimizer is read too, where the file is one of Keras's that has it.
+
+        Args:
+            filepath: see `gcvit.load_checkpoint`.
+            skip_mismatch: leave a head of another size as it is; default `False`.
+            **kwargs: none; taken so that an unknown one gets a `TypeError` by its name.
+
+        Raises:
+            gcvit.CheckpointError: if the file is not this model's, or its optimizer's state not
+                that of this model's optimizer; nothing is changed.
+        """
+        if kwargs:
+            raise TypeError(f"GCViT.load_weights does not take {', '.join(kwargs)}.")
+        plan, _ = checkpoints.plan_loading(self, filepath, skip_head_mismatch=skip_mismatch)
+        if self._takes_optimizer_of(filepath):
+            # Keras also restores the optimizer and the random generators, but half of an adapter.
+            super().load_weights(filepath, skip_mismatch=skip_mismatch)
+        for spec, value in plan:
+            spec.assign(value)
+
+    def _takes_optimizer_of(self, path):
+        """Tell whether a file has an optimizer's state for this model; raise if for another."""
+        optimizer = getattr(self, "optimizer", None)
+        stored = readers.optimizer_shapes(path) if optimizer is not None else []
+        if not stored or not optimizer.built:
+            return False
+        own = [tuple(variable.shape) for variable in optimizer.variables]
+        if stored != own:
+            raise readers.CheckpointError(
+                f"{path} holds the state of another optimizer, or of one for other trainable "
+                f"weights ({len(stored)} variables; this model's has {len(own)}, or others "
+                "in shape). Freeze what was frozen then, or compile the model anew and read "
+                "the file before it trains."
+            )
+        return True
+
+    def get_build_config(self):
+        """Return the shape to build for, and how layers differ from new ones, for `.keras`."""
+        shape = (None, *self.built_size, self.in_channels)
+        return {"input_shape": shape, "layers": self._layer_states()}
+
+    def _layer_states(self):
+        """Return what was done to layers after they were made, {attribute path: what}."""
+        states = {}
+        for path, _, layer in checkpoints.sublayers(self):
+            state = {}
+            if getattr(layer, "lora_enabled", False):
+                state["lora"] = [layer.lora_rank, layer.lora_alpha]
+            if getattr(layer, "quantization_mode", None):
+                state["quantized"] = layer.quantization_mode
+            if not layer.trainable:
+                state["frozen"] = True
+            if state:
+                states[path] = state
+        return states
+
+    def build_from_config(self, config):
+        self.build(config["input_shape"])
+        states = config.get("layers", {})
+        for path, _, layer in checkpoints.sublayers(self):
+            state = states.get(path, {})
+            if "lora" in state:
+                layer.enable_lora(state["lora"][0], lora_alpha=state["lora"][1])
+            if "quantized" in state:
+                layer.quantize(state["quantized"], type_check=False)
+            layer.trainable = "frozen" not in state
+
+    def save_weights(self, filepath, *args, **kwargs):
+        """Write the weights: see `keras.Model.save_weights`. LoRA adapters are merged.
+
+        Raises:
+            gcvit.CheckpointError: for a quantized model, before anything is written.
+        """
+        checkpoints.weight_specs(self)
+        super().save_weights(filepath, *args, **kwargs)
+
+    def quantize(self, mode="int8", config=None, filters=None, **kwargs):
+        """Quantize the dense layers to eight bits: see `keras.Model.quantize`.
+
+        Weights are rounded once, a scale for each output; what comes in is rounded in each
+        pass, a scale for each token. Convolutions and norms stay as they are.
+
+        Args:
+            mode: "int8", the default and the only one.
+            config: none of Keras's configurations; taken so that it is refused by name.
+            filters: which layers; see `keras.Model.quantize`.
+            **kwargs: none.
+
+        Raises:
+            ValueError: for another mode or a configuration, before anything is changed.
+        """
+        if mode != "int8" or config is not None or kwargs:
+            raise ValueError(
+                'A GCViT is quantized by model.quantize("int8"), with Keras\'s own quantizers; '
+                f"got mode={mode!r}, config={config!r}{''.join(f', {name}' for name in kwargs)}."
+            )
+        with warnings.catch_warnings():
+            # Keras warns of each layer that has no eight bits, two hundred in the smallest model.
+            warnings.filterwarnings("ignore", message=".*quantize")
+            # The layers of `fast` have the weights of Keras's own: no need to check the class.
+            super().quantize("int8", filters=filters, type_check=False)
+
+    # Other forms of the model.
+
+    def build_graph(self, input_shape=None):
+        """Return the model as a functional `keras.Model`, which knows every output shape.
+
+        Args:
+            input_shape: (height, width, channels); default: the size the model was built
+                for, or 224 px.
+        """
+        if input_shape is None:
+            size = self.built_size if self.built else (224, 224)
+            input_shape = (*size, self.in_channels)
+        images = keras.Input(shape=input_shape)
+        return keras.Model(images, self.call(images), name=self.name)
+
+    def summary(self, input_shape=None, **kwargs):
+        """Print a table of the layers with output shapes and parameters.
+
+        Args:
+            input_shape: see `build_graph`.
+            **kwargs: what `keras.Model.summary` takes.
+        """
+        return self.build_graph(input_shape).summary(**kwargs)
+
+    def export(self, filepath, format="tf_saved_model", **kwargs):
+        """Write the model for use without Keras: see `keras.Model.export`.
+
+        ONNX is written by PyTorch's own exporter, for images of the size that the model was
+        built for, in batches of any size: what Keras calls for it on TensorFlow lacks an
+        operation of the exact GELU.
+
+        Args:
+            filepath: the file or folder to write.
+            format: "tf_saved_model", the default, "onnx", or another that Keras knows.
+            **kwargs: what `keras.Model.export` takes; for "onnx", what `torch.onnx.export` does.
+
+        Raises:
+            ValueError: for "onnx" on another backend than PyTorch.
+        """
+        if format == "onnx":
+            return _export_onnx(self, filepath, **kwargs)
+        # Keras would take the shape of the last call, and refuse where there was none.
+        shape = (None, *self.built_size, self.in_channels)
+        given = {"input_signature": [keras.InputSpec(shape=shape, dtype="float32")], **kwargs}
+        return super().export(filepath, format=format, **given)
+
+
+def _export_onnx(model, filepath, **kwargs):
+    if keras.backend.backend() != "torch":
+        raise ValueError(
+            "ONNX is written on PyTorch only, and the backend is "
+            f"{keras.backend.backend()}. Save the weights, set KERAS_BACKEND=torch in a new "
+            "process, read them and export there."
+        )
+    import torch
+
+    height, width = (side or 224 for side in model.built_size)
+    # Two images: a batch of one would be taken for a constant.
+    images = torch.zeros((2, height, width, model.in_channels))
+    batch = {0: torch.export.Dim("batch")}
+    torch.onnx.export(
+        model.eval(), (images,), filepath, dynamo=True, dynamic_shapes=((batch,),), **kwargs
+    )
+
+
+def _source(preset, weights):
+    """Return the file that holds a preset's weights, or `None`, and the hash it must have."""
+    if weights is None or (not isinstance(weights, str) or checkpoints.looks_like_path(weights)):
+        return weights, None
+    listed = PRESETS[preset]["weights"]
+    name = next(iter(listed)) if weights == "default" else weights
+    entry = _nearest(f"weights of {preset}", name, listed)
+    return checkpoints.locate(entry), entry["sha256"]
+
+
+def _nearest(kind, name, known):
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4) or list(known)
+    raise ValueError(f"Unknown {kind}: {name!r}. Nearest: {', '.join(near) or 'none'}.")
