@@ -104,14 +104,11 @@ class WindowAttention(layers.Layer):
             shape=((2 * height - 1) * (2 * width - 1), self.num_heads),
             initializer=keras.initializers.TruncatedNormal(stddev=0.02),
         )
-        self.softmax = layers.Activation("softmax", dtype=dtype, name="softmax")
         self.attn_drop = layers.Dropout(self.attention_dropout, dtype=dtype, name="attn_drop")
         self.proj = dense(channels, dtype=dtype, name="proj")
         self.proj_drop = layers.Dropout(self.projection_dropout, dtype=dtype, name="proj_drop")
         self.qkv.build(x_shape)
-        scores = (x_shape[0], self.num_heads, tokens, tokens)
-        self.softmax.build(scores)
-        self.attn_drop.build(scores)
+        self.attn_drop.build((x_shape[0], self.num_heads, tokens, tokens))
         self.proj.build(x_shape)
         self.proj_drop.build(x_shape)
 
@@ -140,11 +137,6 @@ class WindowAttention(layers.Layer):
         q = ops.reshape(q_global, (batch, 1, tokens, self.num_heads, self.head_dim))
         return ops.transpose(q, (0, 1, 3, 2, 4)), *parts
 
-    def weights_of(self, q, k):
-        """Return the attention weights, (batch, windows, heads, query tokens, key tokens)."""
-        scores = ops.matmul(q * self.scale, ops.swapaxes(k, -2, -1))
-        return self.softmax(fast.bias_add(scores, self.relative_position_bias()))
-
     def attention_weights(self, x, q_global=None):
         """Return what each token attends to, (batch · windows, heads, tokens, tokens).
 
@@ -152,15 +144,15 @@ class WindowAttention(layers.Layer):
         Takes what the layer takes.
         """
         q, k, _ = self.query_key_value(x, q_global)
+        weights = fast.attention_weights(q, k, self.relative_position_bias(), self.scale)
         tokens = len(self.position_index)
-        return ops.reshape(self.weights_of(q, k), (-1, self.num_heads, tokens, tokens))
+        return ops.reshape(weights, (-1, self.num_heads, tokens, tokens))
 
     def call(self, x, q_global=None):
         q, k, v = self.query_key_value(x, q_global)
-        if fast.can_use_sdpa() and not self.attention_dropout:
-            mixed = fast.attend(q, k, v, self.relative_position_bias(), self.scale)
-        else:
-            mixed = ops.matmul(self.attn_drop(self.weights_of(q, k)), v)
+        mixed = fast.scaled_dot_product_attention(
+            q, k, v, self.relative_position_bias(), self.scale, self.attn_drop
+        )
         mixed = ops.transpose(mixed, (0, 1, 3, 2, 4))
         tokens = len(self.position_index)
         mixed = ops.reshape(mixed, (-1, tokens, self.num_heads * self.head_dim))

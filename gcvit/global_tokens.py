@@ -1,12 +1,11 @@
 """Chapter 3: the whole map, made small enough to be a window."""
 
 import keras
-import numpy as np
 from keras import layers, ops
 
 from gcvit import fast
 from gcvit.checks import feature_map_shape
-from gcvit.unit_blocks import build_fused_mbconv, fused_mbconv, halved, padded, run
+from gcvit.unit_blocks import fused_mbconv, halved, run
 
 
 def bicubic_matrix(size_in, size_out):
@@ -99,21 +98,20 @@ class FeatureExtraction(layers.Layer):
     def build(self, input_shape):
         channels = feature_map_shape(self, input_shape)[-1]
         dtype = self.dtype_policy
-        self.pad1 = layers.ZeroPadding2D(1, dtype=dtype, name="pad1")
         self.conv = fused_mbconv(channels, dtype)
-        self.pad1.build(input_shape)
-        build_fused_mbconv(self.conv, input_shape)
+        for layer in self.conv:
+            layer.build(input_shape)
         if not self.keepdims:
-            self.pool = fast.MaxPooling2D(3, strides=2, dtype=dtype, name="pool")
-            self.pool.build(padded(input_shape))
+            self.pool = fast.MaxPooling2D(3, strides=2, pad=1, dtype=dtype, name="pool")
+            self.pool.build(input_shape)
 
     def call(self, x):
-        x = x + run([self.pad1, *self.conv], x)
+        x = x + run(self.conv, x)
         return x if self.keepdims else self.halve(x)
 
     def halve(self, x):
         """Return the maximum of every second place and those around it."""
-        return self.pool(ops.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]], constant_values=-np.inf))
+        return self.pool(x)
 
     def compute_output_shape(self, input_shape):
         if self.keepdims:

@@ -159,10 +159,11 @@ class GCViT(PretrainedModel):
     def call(self, images, training=None):
         self._check_images(images.shape, images.dtype)
         run = functools.partial(self._run, training=training)
-        return run(images) if training else fast.as_one(run, images)
+        return run(images) if training else fast.compile_small_batch(run, images)
 
     def _run(self, images, training):
-        x = self.pos_drop(self.patch_embed(images), training=training)
+        # The stem's maps are the largest.
+        x = self.pos_drop(fast.map_images(self.patch_embed, images), training=training)
         for level in self.levels:
             x = level(x, training=training)
         x = self.norm(x)

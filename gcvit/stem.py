@@ -3,9 +3,8 @@
 import keras
 from keras import layers
 
-from gcvit import fast
 from gcvit.checks import feature_map_shape, positive_whole
-from gcvit.unit_blocks import ReduceSize, convolution, halved, padded, run
+from gcvit.unit_blocks import ReduceSize, convolution, halved
 
 
 @keras.saving.register_keras_serializable(package="gcvit")
@@ -30,18 +29,16 @@ class PatchEmbed(layers.Layer):
         super().__init__(**kwargs)
         self.embed_dim = positive_whole("embed_dim", embed_dim)
         dtype = self.dtype_policy
-        self.pad = layers.ZeroPadding2D(1, dtype=dtype, name="pad")
-        self.proj = convolution(embed_dim, 3, strides=2, dtype=dtype, name="proj")
+        self.proj = convolution(embed_dim, 3, strides=2, pad=1, dtype=dtype, name="proj")
         self.conv_down = ReduceSize(keepdims=True, dtype=dtype, name="conv_down")
 
     def build(self, input_shape):
         feature_map_shape(self, input_shape)
-        self.pad.build(input_shape)
-        self.proj.build(padded(input_shape))
+        self.proj.build(input_shape)
         self.conv_down.build(halved(input_shape, self.embed_dim))
 
     def call(self, x):
-        return fast.map_images(lambda x: run([self.pad, self.proj, self.conv_down], x), x)
+        return self.conv_down(self.proj(x))
 
     def compute_output_shape(self, input_shape):
         return halved(halved(input_shape, self.embed_dim), self.embed_dim)

@@ -9,7 +9,7 @@ from gcvit.checks import feature_map_shape, positive_whole
 
 def run(sublayers, x):
     """Pass `x` through a list of layers, one after the other."""
-    for layer in fast.joined(sublayers):
+    for layer in sublayers:
         x = layer(x)
     return x
 
@@ -40,7 +40,7 @@ def convolution(channels, size, **options):
     Args:
         channels: channels out.
         size: side of the window.
-        **options: see `keras.layers.Conv2D`.
+        **options: see `gcvit.fast.Conv2D`, whose `pad` adds a border.
     """
     start = keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
     return fast.Conv2D(channels, size, kernel_initializer=start, **options)
@@ -49,10 +49,10 @@ def convolution(channels, size, **options):
 def fused_mbconv(channels, dtype=None):
     """Make the four layers of the residual branch of a fused MBConv.
 
-    Depthwise 3x3 convolution, GELU, squeeze-and-excitation, 1x1 convolution. The input
-    is padded by one pixel beforehand, so that height and width stay. The layers are
-    returned as a plain list because the release checkpoint stores a list called `conv`
-    in each layer that has them.
+    Depthwise 3x3 convolution, GELU, squeeze-and-excitation, 1x1 convolution. The first
+    pads its input by one pixel, so that height and width stay. The layers are returned as
+    a plain list because the release checkpoint stores a list called `conv` in each layer
+    that has them.
 
     Args:
         channels: channels in and out.
@@ -65,7 +65,7 @@ def fused_mbconv(channels, dtype=None):
     start = keras.initializers.RandomUniform(-1 / 3, 1 / 3)
     return [
         fast.DepthwiseConv2D(
-            3, use_bias=False, depthwise_initializer=start, dtype=dtype, name="conv_0"
+            3, pad=1, use_bias=False, depthwise_initializer=start, dtype=dtype, name="conv_0"
         ),
         fast.Activation("gelu", dtype=dtype, name="conv_1"),
         SqueezeAndExcitation(dtype=dtype, name="conv_2"),
@@ -89,25 +89,10 @@ def reinit_glorot(model):
             layer.kernel.assign(glorot(layer.kernel.shape))
 
 
-def build_fused_mbconv(conv, shape):
-    """Build the layers of `fused_mbconv` for a map of a (batch, height, width, channels) shape."""
-    depthwise, *rest = conv
-    depthwise.build(padded(shape))
-    for layer in rest:
-        layer.build(shape)
-
-
 def halved(shape, channels):
     """Return the shape of a map with both sides halved, rounding up, and other channels."""
     batch, height, width, _ = shape
     sides = (None if side is None else (side + 1) // 2 for side in (height, width))
-    return (batch, *sides, channels)
-
-
-def padded(shape):
-    """Return the shape of a map with one pixel more on each of its four sides."""
-    batch, height, width, channels = shape
-    sides = (None if side is None else side + 2 for side in (height, width))
     return (batch, *sides, channels)
 
 
@@ -207,29 +192,25 @@ class ReduceSize(layers.Layer):
         dtype = self.dtype_policy
         # 1e-5 is PyTorch's epsilon; Keras's default is 1e-3.
         self.norm1 = fast.LayerNormalization(epsilon=1e-5, dtype=dtype, name="norm1")
-        self.pad1 = layers.ZeroPadding2D(1, dtype=dtype, name="pad1")
         self.conv = fused_mbconv(channels, dtype)
-        # padding="same" with stride 2 would pad an even map on one side only.
-        self.pad2 = layers.ZeroPadding2D(1, dtype=dtype, name="pad2")
         self.reduction = convolution(
             self._output_channels(channels),
             3,
             strides=2,
+            pad=1,
             use_bias=False,
             dtype=dtype,
             name="reduction",
         )
         self.norm2 = fast.LayerNormalization(epsilon=1e-5, dtype=dtype, name="norm2")
-        for layer in (self.norm1, self.pad1, self.pad2):
+        for layer in (self.norm1, *self.conv, self.reduction):
             layer.build(input_shape)
-        self.reduction.build(padded(input_shape))
-        build_fused_mbconv(self.conv, input_shape)
         self.norm2.build(self.compute_output_shape(input_shape))
 
     def call(self, x):
         x = self.norm1(x)
-        x = x + run([self.pad1, *self.conv], x)
-        return self.norm2(run([self.pad2, self.reduction], x))
+        x = x + run(self.conv, x)
+        return self.norm2(self.reduction(x))
 
     def compute_output_shape(self, input_shape):
         return halved(input_shape, self._output_channels(input_shape[-1]))

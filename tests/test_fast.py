@@ -92,63 +92,66 @@ def test_the_fast_way_gives_the_same(name, size, static):
     assert_same(found, wanted)
 
 
-class Composed(layers.Layer):
-    """A padding and a convolution, one after the other."""
+class Bordered(layers.Layer):
+    """A map with a border around it, and a layer behind."""
 
-    def __init__(self, convolution, pass_through):
+    def __init__(self, layer, border):
         super().__init__()
-        self.sublayers = [layers.ZeroPadding2D(1), convolution]
-        self.pass_through = pass_through
+        self.layer, self.border = layer, border
 
     def build(self, shape):
-        for layer in self.sublayers:
-            layer.build(shape)
-            shape = layer.compute_output_shape(shape)
+        batch, height, width, channels = shape
+        self.layer.build((batch, height + 2, width + 2, channels))
 
     def call(self, x):
-        return self.pass_through(self.sublayers, x)
+        sides = ((0, 0), (1, 1), (1, 1), (0, 0))
+        return self.layer(keras.ops.pad(x, sides, constant_values=self.border))
 
 
-@pytest.mark.parametrize("name", ["depthwise", "3x3, stride 2"])
-def test_a_convolution_pads_by_itself_as_the_layer_before_it_would(name):
+@pytest.mark.parametrize(
+    ("name", "border"), [("depthwise", 0), ("3x3, stride 2", 0), ("pooling", -np.inf)]
+)
+def test_a_layers_own_border_is_that_of_a_padded_map(name, border):
     faster, plain, given, options = PAIRS[name]
     x = RNG.normal(size=(2, 7, 8, 6)).astype("float32")
-    ways = (
-        Composed(faster(*given, **options), run),
-        Composed(plain(*given, **options), lambda pair, x: pair[1](pair[0](x))),
-    )
-    for layer in ways:
+    pair = faster(*given, pad=1, **options), Bordered(plain(*given, **options), border)
+    for layer in pair:
         layer.build(x.shape)
-    ways[1].set_weights(ways[0].get_weights())
-    upstream = RNG.normal(size=ways[1](x).shape).astype("float32")
-    found, wanted = (
-        [to_numpy(value) for value in output_and_gradients(layer, x, upstream)] for layer in ways
+    pair[1].set_weights(pair[0].get_weights())
+    upstream = RNG.normal(size=pair[0].compute_output_shape(x.shape)).astype("float32")
+    ours, keras_own = (
+        [to_numpy(value) for value in output_and_gradients(layer, x, upstream)] for layer in pair
     )
-    assert_same(found, wanted)
+    assert_same(ours, keras_own)
 
 
 @pytest.mark.parametrize("global_query", [False, True])
-def test_attention_at_once_mixes_what_its_weights_say(global_query):
-    """Where no gradients are wanted, as in `predict`; elsewhere both sides take the plain way."""
+def test_attention_mixes_what_its_weights_say(global_query):
+    """On PyTorch in one operation, where no gradients are wanted, as in `predict`."""
     attention = WindowAttention((3, 4), 2, global_query)
     x = RNG.normal(size=(6, 12, 8)).astype("float32")  # two images of three windows
     given = [x, RNG.normal(size=(2, 3, 4, 8)).astype("float32")][: 1 + global_query]
     attention(*given)
     for weight in attention.weights:
         weight.assign(RNG.normal(size=weight.shape))
-    with without_gradients(), mock.patch.object(fast, "attend", wraps=fast.attend) as attend:
-        found = to_numpy(attention(*given))
-    assert attend.called == fast.without_accelerator("torch")
-    with mock.patch.object(fast, "can_use_sdpa", return_value=False):
-        np.testing.assert_allclose(found, to_numpy(attention(*given)), atol=1e-5)
+    weights = mock.Mock(wraps=fast.attention_weights)
+    with without_gradients(), mock.patch.object(fast, "attention_weights", weights):
+        mixed = to_numpy(attention(*given))
+    assert weights.called != on_the_cpu("torch")
+    np.testing.assert_allclose(mixed, to_numpy(attention(*given)), atol=1e-5)
 
 
-def test_attention_at_once_leaves_dropout_in():
+def test_attention_leaves_dropout_in():
     attention = WindowAttention((2, 2), 1, global_query=False, attention_dropout=0.9)
     x = RNG.normal(size=(50, 4, 8)).astype("float32")
     with without_gradients():
         usual, dropped = (to_numpy(attention(x, training=flag)) for flag in (False, True))
     assert np.abs(usual - dropped).max() > 0
+
+
+def on_the_cpu(backend):
+    """Tell whether this is the backend, and its kernels are in use."""
+    return keras.backend.backend() == backend and fast.kernels() is not None
 
 
 def without_gradients():
@@ -160,34 +163,47 @@ def without_gradients():
     return torch.no_grad()
 
 
+class StemByParts(layers.Layer):
+    """A stem that takes its images through `map_images`, as the model does."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = PatchEmbed(8)
+
+    def build(self, shape):
+        self.stem.build(shape)
+
+    def call(self, x):
+        return fast.map_images(self.stem, x)
+
+
 def test_images_in_parts_give_what_they_give_together(monkeypatch):
-    backend = keras.backend.backend()
-    monkeypatch.setitem(fast.PIXELS_FOR_PARTS, backend, 0)
-    sizes_known = (True, False) if backend == "tensorflow" else (True,)  # the others know them
+    if fast.kernels() is not None:
+        monkeypatch.setattr(fast.kernels(), "PIXELS_FOR_PARTS", 0)
+    # The other backends know the sizes of what they are given.
+    sizes_known = (True, False) if keras.backend.backend() == "tensorflow" else (True,)
     x = RNG.normal(size=(6, 8, 12, 3)).astype("float32")
-    stem = PatchEmbed(8)
-    stem.build(x.shape)
+    by_parts = StemByParts()
+    by_parts.build(x.shape)
     upstream = RNG.normal(size=(6, 2, 3, 8)).astype("float32")
-
-    def found():
+    both = []
+    for layer in (by_parts, by_parts.stem):
         with without_gradients():
-            predicted = to_numpy(stem(x))
-        trained = (output_and_gradients(stem, x, upstream, static) for static in sizes_known)
-        return [predicted, *(to_numpy(value) for values in trained for value in values)]
-
-    in_parts = found()
-    with mock.patch.object(fast, "map_images", lambda function, x: function(x)):
-        assert_same(in_parts, found())
+            values = [layer(x)]
+        for static in sizes_known:
+            values += output_and_gradients(layer, x, upstream, static)
+        both.append([to_numpy(value) for value in values])
+    assert_same(*both)
 
 
 @pytest.mark.parametrize(("images", "side"), [(6, 192), (1, 192), (6, 64)])
-def test_the_stem_takes_large_images_in_parts_on_the_cpu(images, side):
+def test_large_images_are_taken_in_parts_on_the_cpu(images, side):
     """A loop in what JAX and TensorFlow trace; four images at a time on PyTorch."""
     backend = keras.backend.backend()
-    stem = PatchEmbed(8)
-    stem.build((None, side, side, 3))
+    stem = StemByParts()
     x = np.zeros((images, side, side, 3), "float32")
-    parts = images > 1 and side > 64 and fast.without_accelerator(backend)
+    stem.build(x.shape)
+    parts = images > 1 and side > 64 and on_the_cpu(backend)
     if backend == "tensorflow":
         import tensorflow as tf
 
@@ -201,38 +217,26 @@ def test_the_stem_takes_large_images_in_parts_on_the_cpu(images, side):
         assert parts == ("scan" in text)
     else:
         sizes = []
-        stem.proj.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+        stem.stem.proj.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
         with without_gradients():
             stem(x)
         stem(x)
         assert sizes == ([4, 2, 6] if parts else [images] * 2)
 
 
-class Added(layers.Layer):
-    """A bias for windows of two heads and four tokens, added in a given way."""
-
-    def __init__(self, add):
-        super().__init__()
-        self.add = add
-
-    def build(self, shape):
-        self.bias = self.add_weight(name="bias", shape=shape[2:])
-
-    def call(self, x):
-        return self.add(x, self.bias)
-
-
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="a gradient of JAX's kernels")
 def test_a_bias_added_to_each_map_gets_the_sum_of_their_gradients():
+    import jax
+
+    from gcvit.fast.jax import bias_add
+
     x, upstream = RNG.normal(size=(2, 2, 3, 2, 4, 4)).astype("float32")
-    found, wanted = [], []
-    for values, add in ((found, fast.bias_add), (wanted, lambda x, bias: x + bias)):
-        layer = Added(add)
-        layer.build(x.shape)
-        layer.bias.assign(np.arange(32).reshape(2, 4, 4) / 10)
-        values += [to_numpy(value) for value in output_and_gradients(layer, x, upstream)]
-    np.testing.assert_allclose(found[2], upstream.sum((0, 1)), atol=1e-5)
-    for a, b in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    bias = np.arange(32, dtype="float32").reshape(2, 4, 4)
+    y, gradients = jax.vjp(bias_add, x, bias)
+    by_x, by_bias = gradients(upstream)
+    np.testing.assert_allclose(y, x + bias, atol=1e-6)
+    np.testing.assert_array_equal(by_x, upstream)
+    np.testing.assert_allclose(by_bias, upstream.sum((0, 1)), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -283,12 +287,12 @@ def test_on_the_cpu_xla_is_given_no_depthwise_convolution():
     weights = [v.value for v in layer.weights]
     step = jax.grad(lambda w, x: layer.stateless_call(w, [], x)[0].sum())
     text = str(jax.make_jaxpr(step)(weights, np.zeros((1, 8, 8, 4), "float32")))
-    assert fast.without_accelerator("jax") == ("conv_general_dilated" not in text)
+    assert on_the_cpu("jax") == ("conv_general_dilated" not in text)
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's graphs")
 @pytest.mark.parametrize(
-    ("known", "training", "dtype", "as_one"),
+    ("known", "training", "dtype", "compiles"),
     [
         (1, False, "float32", True),
         (2, False, "float32", True),
@@ -298,7 +302,7 @@ def test_on_the_cpu_xla_is_given_no_depthwise_convolution():
         (1, False, "mixed_bfloat16", False),
     ],
 )
-def test_xla_compiles_the_forward_pass_of_a_few_images(known, training, dtype, as_one):
+def test_xla_compiles_the_forward_pass_of_a_few_images(known, training, dtype, compiles):
     import tensorflow as tf
 
     model = GCViT((2,), 4, (2,), (1,), num_classes=3, mlp_ratio=1.0, path_drop=0, dtype=dtype)
@@ -307,7 +311,7 @@ def test_xla_compiles_the_forward_pass_of_a_few_images(known, training, dtype, a
     signature = [tf.TensorSpec((known, *images.shape[1:]))]
     graph = tf.function(lambda x: model(x, training=training), input_signature=signature)
     outside = graph.get_concrete_function().graph
-    compiles = as_one and fast.without_accelerator("tensorflow")
+    compiles = compiles and on_the_cpu("tensorflow")
     assert compiles == all(operation.type != "Conv2D" for operation in outside.get_operations())
     assert not compiles or "_XlaMustCompile" in str(outside.as_graph_def())
     atol = 1e-6 if dtype == "float32" else 1e-2
