@@ -20,6 +20,8 @@ import numpy as np
 from gcvit import fine_tuning
 from gcvit.convert import FORMATS
 from gcvit.convert import convert as convert_checkpoint
+from gcvit.fine_tuning.datasets import SHORT_SIDE
+from gcvit.fine_tuning.recipes import Plan
 from gcvit.model import GCViT
 from gcvit.presets import PRESETS
 from gcvit.weights import locate, looks_like_path
@@ -81,7 +83,7 @@ def train_arguments(parser):
         "--out", type=Path, metavar="FILE", help="what is written; default: DIR's name.safetensors"
     )
     parser.add_argument(
-        "--recipe", default="better", choices=fine_tuning.RECIPES, help="default: %(default)s"
+        "--recipe", default="finetune", choices=fine_tuning.RECIPES, help="default: %(default)s"
     )
     parser.add_argument("--epochs", type=positive_integer, default=5, help="default: %(default)s")
     parser.add_argument(
@@ -94,7 +96,7 @@ def train_arguments(parser):
         help="a multiple of 32; default: the preset's",
     )
     parser.add_argument(
-        "--validation-share", type=share, default=0.1, metavar="SHARE",
+        "--validation-split", type=share, default=0.1, metavar="SHARE",
         help="share of each class that is not trained on; default: %(default)s",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -131,13 +133,13 @@ def _train(arguments, out, verbose):
         arguments.folder,
         arguments.validation_split,
         arguments.seed,
-        max(fine_tuning.SHORT_SIDE, image_size),
+        max(SHORT_SIDE, image_size),
     )
     print(
         f"{photos.train_size} photographs to train on, {photos.validation_size} to validate on, "
         f"of {len(photos.class_names)} classes: {', '.join(photos.class_names)}."
     )
-    plan = fine_tuning.Plan(
+    plan = Plan(
         "shell",
         arguments.preset,
         weights,

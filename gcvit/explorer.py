@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from gcvit import figures
 from gcvit.checks import pair
 from gcvit.explain import block_inputs
-from gcvit.fine_tuning import normalize
+from gcvit.images import normalize
 
 LIMIT = 1_000_000
 """Bytes that an explorer may weigh, its page, its photograph and its weights together."""

@@ -8,7 +8,8 @@ from keras import ops
 from scipy import stats
 
 from gcvit.attention import WindowAttention
-from gcvit.fine_tuning import WarmupCosine, make_variables, run_setting
+from gcvit.fine_tuning.recipes import WarmupCosine
+from gcvit.fine_tuning.training import make_variables
 from gcvit.global_tokens import FeatureExtraction
 from gcvit.model import GCViT
 from gcvit.unit_blocks import SqueezeAndExcitation, reinit_glorot, run
@@ -206,10 +207,8 @@ class Design:
     backgrounds: int = 128
 
 
-def chosen_design():
-    """Return the chapter's `Design`, or one that settles nothing if `GCVIT_RUN` is "brief"."""
-    brief = Design(steps=4, warmup=1, every=1, backgrounds=16)
-    return brief if run_setting() == "brief" else Design()
+BRIEF = Design(steps=4, warmup=1, every=1, backgrounds=16)
+"""A design that settles nothing, for tests."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What several test files share: the fixtures' model and the numbers it must give."""
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import os
@@ -12,8 +13,11 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
+from PIL import Image
 
-from gcvit import GCViT
+from gcvit import GCViT, fine_tuning
+from gcvit.fine_tuning import Photographs, recipes
 from gcvit.weights import save_safetensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -123,3 +127,50 @@ def official_file(timm_file, tmp_path_factory):
 @pytest.fixture(scope="session")
 def xxtiny_layout():
     return json.loads((FIXTURES / "release_layout_xxtiny.json").read_text())
+
+
+def picture(value=0, size=(40, 30)):
+    rng = np.random.default_rng(value)
+    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype="uint8"))
+
+
+def tiny_model(classes=2, **overrides):
+    """Build a model of one level, for images of 32 px."""
+    config = {"window_size": (8,), "embed_dim": 8, "depths": (2,), "num_heads": (2,)}
+    model = GCViT(**{**config, "num_classes": classes, "path_drop": 0.0, **overrides})
+    model.build((None, 32, 32, 3))
+    return model
+
+
+def plain_model(drop_rate=0.0):
+    """Build a model without levels: what the callbacks do, they do to any, and faster."""
+    layers = [keras.layers.AveragePooling2D(8), keras.layers.Flatten()]
+    layers.append(keras.layers.Dropout(drop_rate))
+    model = keras.Sequential([keras.Input((32, 32, 3)), *layers])
+    model.add(keras.layers.Dense(2, activation="softmax"))
+    model.levels = []
+    return model
+
+
+def dark_and_bright():
+    """Return sixteen photographs, dark ones and bright ones."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(16) % 2
+    images = rng.integers(0, 128, (16, 32, 32, 3)) + 100 * labels[:, None, None, None]
+    photos = tf.data.Dataset.from_tensor_slices((images.astype("uint8"), labels))
+    return Photographs(photos, photos, ["dark", "bright"], 16, 16, "")
+
+
+@pytest.fixture(scope="module")
+def two_classes():
+    """Dark and bright photographs, and the batches that they make."""
+    photos = dark_and_bright()
+    batches = fine_tuning.make_dataset(photos.validation, 32, 8)
+    return photos, fine_tuning.one_hot(batches, 2)
+
+
+def plan_for(epochs, **overrides):
+    plan = recipes.Plan(
+        "quick", "gcvit_nano", "flowers", 32, None, None, epochs, 8, "float32", "finetune", ()
+    )
+    return dataclasses.replace(plan, **overrides)

@@ -11,7 +11,7 @@ from browser import NAMES, Browser, executable, wait_for
 from PIL import Image
 
 from gcvit import PRESETS, GCViT, explain, explorer
-from gcvit.fine_tuning import normalize
+from gcvit.images import normalize
 
 SIDES = (64, 96)  # neither the image nor its windows are square
 POINT = (0.3, 0.7)

@@ -184,10 +184,3 @@ def test_what_the_runs_say():
     outcome = laboratory.Outcome(curve=(0.7, 0.5, 0.3, 0.1), accuracy=1.0, bits=0.9)
     assert laboratory.steps_to_learn(outcome) == 30
     assert laboratory.steps_to_learn(outcome, bits=0.99) is None
-
-
-def test_a_brief_run_has_a_design_of_its_own(monkeypatch):
-    monkeypatch.setenv("GCVIT_RUN", "quick")
-    assert laboratory.chosen_design() == laboratory.Design()
-    monkeypatch.setenv("GCVIT_RUN", "brief")
-    assert laboratory.chosen_design().steps < 30

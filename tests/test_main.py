@@ -10,6 +10,7 @@ from PIL import Image
 
 from gcvit import GCViT, fine_tuning
 from gcvit.__main__ import COMMANDS, main
+from gcvit.images import MEAN, normalize
 from gcvit.readers import CheckpointError, training_notes
 from gcvit.weights import PACKAGED
 
@@ -90,7 +91,7 @@ def test_predict_needs_nothing_but_the_file(trained, capsys):
     ]
     assert "error" in found[1] and "1 of 10 files" in shown.err
     classifier = fine_tuning.load_classifier(place / "model.safetensors")
-    by_hand = fine_tuning.normalize(fine_tuning.resize(np.array(Image.open(images[0])), 32))
+    by_hand = normalize(fine_tuning.resize(np.array(Image.open(images[0])), 32))
     expected = np.asarray(classifier.model(by_hand[None]))[0]
     assert classifier.class_names == ["bright", "dark"] and classifier.image_size == 32
     for k, name in enumerate(classifier.class_names):
@@ -155,7 +156,7 @@ def test_a_failure_is_one_sentence_and_exit_code_1(tmp_path, monkeypatch, capsys
         "train photos --preset gcvit_huge",
         "train photos --image-size 100",
         "train photos --epochs 0",
-        "train photos --validation-share 1.5",
+        "train photos --validation-split 1.5",
         "predict model.safetensors",
     ],
 )
@@ -190,7 +191,7 @@ fine_tuning.fit = lambda *args, **kwargs: fit(*args, **kwargs, callbacks=[Interr
 
 def test_ctrl_c_keeps_the_best_weights_and_the_way_on(tmp_path, capsys):
     write_classes(tmp_path / "photos", count=4)
-    # The recipe that is traced faster; test_fine_tuning interrupts both.
+    # The recipe that is traced faster; test_training interrupts both.
     command = "train photos --epochs=2 --image-size=32 --weights=none --recipe=original"
     done = subprocess.run(
         [sys.executable, "-c", SMALLER + INTERRUPT + RUN, *command.split()],
@@ -216,7 +217,7 @@ def test_a_classifier_s_file_is_text_and_tensors(tmp_path):
     images = np.random.default_rng(0).normal(size=(2, 32, 64, 3)).astype("float32")
     np.testing.assert_allclose(again.model(images), model(images), atol=1e-6)
     assert again.notes == {"epochs": 3} and again.image_size == [32, 64]
-    np.testing.assert_array_equal(again.mean, fine_tuning.MEAN)
+    np.testing.assert_array_equal(again.mean, MEAN)
     whole = (tmp_path / "m.safetensors").read_bytes()
     (tmp_path / "m.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError):

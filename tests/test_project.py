@@ -151,26 +151,19 @@ def test_keras_cv_is_imported_in_one_place():
 
 def test_imports_run_one_way():
     """A module imports only from those before it, in the order of the chapters."""
-    order = ["checks", "fetch", "fast", "unit_blocks", "stem", "global_tokens", "attention"]
-    order += [
-        "block",
-        "level",
-        "presets",
-        "readers",
-        "weights",
-        "pretrained",
-        "model",
-        "convert",
-        "cost",
-        "fine_tuning",
-    ]
-    order += ["figures", "explain", "explorer", "laboratory"]
-    for path in (ROOT / "gcvit").glob("*.py"):
-        if path.stem in ("__init__", "__main__"):
+    order = ["checks", "fetch", "presets", "images", "fast", "unit_blocks", "stem"]
+    order += ["global_tokens", "attention", "block", "level", "readers", "weights"]
+    order += ["pretrained", "model", "convert"]
+    rooms = ["pipeline", "datasets", "training", "recipes", "classifier", "evaluation"]
+    order += ["cost", *(f"fine_tuning.{room}" for room in rooms), "fine_tuning"]
+    order += ["figures", "explain", "explorer", "laboratory", "book"]
+    for path in (ROOT / "gcvit").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT / "gcvit").with_suffix("").parts)
+        module = module.removesuffix(".__init__")
+        if module in ("__init__", "__main__"):
             continue
-        for name in re.findall(r"from gcvit(?:\.(\w+))? import", path.read_text(encoding="utf-8")):
-            if name:
-                assert order.index(name) < order.index(path.stem), f"{path.name} imports {name}"
+        for name in re.findall(r"from gcvit\.([\w.]+) import", path.read_text(encoding="utf-8")):
+            assert order.index(name) < order.index(module), f"{path.name} imports {name}"
 
 
 def test_lock_names_no_address():

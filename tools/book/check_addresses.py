@@ -11,7 +11,7 @@ import urllib.request
 
 from gcvit import PRESETS
 from gcvit.fetch import TIMEOUT
-from gcvit.fine_tuning import FLOWERS_ARCHIVE, FLOWERS_URL
+from gcvit.fine_tuning.datasets import FLOWERS_ARCHIVE, FLOWERS_URL
 
 ATTEMPTS = 3
 

@@ -80,7 +80,7 @@ def _imported(tree, exports):
             for alias in node.names:
                 local = alias.asname or alias.name
                 if "." in node.module:
-                    found[local] = (node.module.split(".")[1], alias.name)
+                    found[local] = (node.module.partition(".")[2], alias.name)
                 else:
                     found[local] = exports.get(alias.name, (alias.name, None))
     return found
@@ -88,7 +88,10 @@ def _imported(tree, exports):
 
 def package_modules(folder):
     """Return the package's modules by name, and its exports, {name: (module, name)}."""
-    codes = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
+    codes = {}
+    for path in folder.rglob("*.py"):
+        name = ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
+        codes[name] = path.read_text(encoding="utf-8")
     exports = _imported(ast.parse(codes.pop("__init__")), {})
     return {name: Module(name, code, exports) for name, code in codes.items()}, exports
 
@@ -105,6 +108,12 @@ def dependencies(code, modules, exports):
             continue
         seen.add(use)
         module = modules[use[0]]
+        if use[1] not in module.texts:  # what a package's __init__ passes on
+            passed_on = module.imported.get(use[1])
+            every = [passed_on] if passed_on else module.imported.values()
+            queue += [(name, inner or ALL) for name, inner in every]
+            if passed_on:
+                continue
         names = [use[1]] if use[1] in module.texts else list(module.texts)
         for name in {*names, *({REST} & set(module.texts))}:
             if (module.name, name) not in found:

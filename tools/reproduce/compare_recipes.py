@@ -3,7 +3,7 @@
     TFDS_DATA_DIR=... python tools/reproduce/compare_recipes.py
 
 Each finished run is written to the results file and skipped next time; one that is cut off
-goes on from its backup. The better recipe's highest learning rate is chosen beforehand, on a
+goes on from its backup. `finetune`'s highest learning rate is chosen beforehand, on a
 tenth of the training split that its pilot runs are not trained on. The validation split
 chooses nothing. The original recipe is taken as it was published.
 """
@@ -107,8 +107,8 @@ def summary(runs):
     for key in ("accuracy_at_the_end", "best_accuracy", "seconds", "cpu_seconds"):
         values = {name: [by_seed[name][seed][key] for seed in seeds] for name in RECIPES}
         found[key] = {name: spread(values[name]) for name in RECIPES}
-        differences = np.subtract(values["better"], values["original"])
-        found[key]["better - original"] = spread(differences)
+        differences = np.subtract(values["finetune"], values["original"])
+        found[key]["finetune - original"] = spread(differences)
     return found
 
 
@@ -116,7 +116,7 @@ def table(results):
     """Return the results as Markdown."""
     found, settings = results["summary"], results["settings"]
     rows = [
-        "| | original | better | difference (95 % interval) |",
+        "| | original | finetune | difference (95 % interval) |",
         "| --- | --- | --- | --- |",
     ]
     for key, label, digits in (
@@ -126,9 +126,9 @@ def table(results):
     ):
         cells = [
             f"{found[key][name]['mean']:.{digits}f} ± {found[key][name]['sd']:.{digits}f}"
-            for name in ("original", "better")
+            for name in ("original", "finetune")
         ]
-        both = found[key]["better - original"]
+        both = found[key]["finetune - original"]
         low, high = both["interval"]
         cells.append(f"{both['mean']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})")
         rows.append(f"| {label} | {' | '.join(cells)} |")
@@ -136,7 +136,7 @@ def table(results):
         [
             f"{settings['preset']} from random weights, {settings['image_size']} px, "
             f"{settings['epochs']} epochs, seeds {', '.join(map(str, found['seeds']))}: mean ± "
-            "standard deviation over the seeds; the difference is better minus original, seed by "
+            "standard deviation over the seeds; the difference is finetune minus original, seed by "
             "seed.",
             "",
             *rows,
@@ -178,8 +178,8 @@ def compare(photos, arguments, results):
 
     pilot = pilot_split(photos)
     for peak in PEAKS:
-        complete(results["pilot"], pilot, "better", PILOT_SEED, {"peak": peak, **FROM_SCRATCH})
-    settings = {"original": {}, "better": {"peak": chosen_peak(results["pilot"]), **FROM_SCRATCH}}
+        complete(results["pilot"], pilot, "finetune", PILOT_SEED, {"peak": peak, **FROM_SCRATCH})
+    settings = {"original": {}, "finetune": {"peak": chosen_peak(results["pilot"]), **FROM_SCRATCH}}
     for seed in arguments.seeds:
         for recipe in RECIPES:
             complete(results["runs"], photos, recipe, seed, settings[recipe])

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from timm.layers import SqueezeExcite
 
 from gcvit import PRESETS, GCViT, explain
-from gcvit.fine_tuning import normalize
+from gcvit.images import normalize
 from gcvit.weights import save_safetensors, weight_specs
 
 RESULTS = Path(__file__).resolve().parents[2] / "gcvit" / "results" / "timm.json"

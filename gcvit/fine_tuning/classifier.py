@@ -1,0 +1,145 @@
+"""A trained model with what its use takes, in one file."""
+
+import concurrent.futures
+import dataclasses
+import inspect
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from gcvit.checks import pair
+from gcvit.fine_tuning.datasets import SHORT_SIDE
+from gcvit.fine_tuning.pipeline import resize
+from gcvit.fine_tuning.training import jit_compile
+from gcvit.images import MEAN, STD, DatasetError, read_photograph
+from gcvit.model import GCViT
+from gcvit.presets import PRESETS
+from gcvit.readers import CheckpointError, training_notes
+from gcvit.weights import load_checkpoint, save_safetensors
+
+
+def _architecture(model):
+    """Return the arguments that build a model like this one, as JSON's types."""
+    named = inspect.signature(GCViT.__init__).parameters
+    config = json.loads(json.dumps(model.get_config()))
+    return {name: value for name, value in config.items() if name in named}
+
+
+def save_classifier(path, model, class_names, image_size, **notes):
+    """Write a model and what its use takes into one `.safetensors` file.
+
+    The file holds tensors and text, nothing that is run when it is read.
+
+    Args:
+        path: the file; it is replaced only when the new one is whole.
+        model: a built `GCViT`.
+        class_names: name of each class.
+        image_size: side in pixels of the images that it was trained on, or (height, width).
+        **notes: what else is to be known of it: of JSON's types.
+    """
+    notes = {
+        "config": _architecture(model),
+        "classes": list(class_names),
+        "image_size": image_size,
+        "mean": MEAN.tolist(),
+        "deviation": STD.tolist(),
+        **notes,
+    }
+    save_safetensors(model, path, metadata={k: json.dumps(v) for k, v in notes.items()})
+
+
+@dataclasses.dataclass
+class Classifier:
+    """A trained model with what its use takes.
+
+    Attributes:
+        model: a `GCViT` that gives probabilities.
+        class_names: name of each class.
+        image_size: side in pixels of the images that it takes, or (height, width).
+        mean: what is subtracted from red, green and blue, 0 to 255.
+        deviation: what they are divided by then.
+        notes: what else the file says of the model.
+    """
+
+    model: GCViT
+    class_names: list
+    image_size: int | list
+    mean: np.ndarray
+    deviation: np.ndarray
+    notes: dict
+
+    def image(self, path):
+        """Return a photograph as the model takes it: (height, width, 3) float32."""
+        photograph = read_photograph(path, max(SHORT_SIDE, np.max(self.image_size)))
+        return (resize(photograph, self.image_size).numpy() - self.mean) / self.deviation
+
+    def predict(self, paths, batch_size=32):
+        """Yield (path, probabilities of the classes, or the `DatasetError`) for each path.
+
+        Args:
+            paths: files of photographs, of which one batch is in memory at a time.
+            batch_size: photographs that are predicted together; default 32.
+        """
+
+        def attempt(path):
+            try:
+                return self.image(path)
+            except DatasetError as error:
+                return error
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for begin in range(0, len(paths), batch_size):
+                some = paths[begin : begin + batch_size]
+                found = list(pool.map(attempt, some))
+                images = [image for image in found if isinstance(image, np.ndarray)]
+                if images:
+                    # Filled up, so that all batches have the shape that was compiled.
+                    missing = min(batch_size, len(paths)) - len(images)
+                    batch = np.stack(images + [images[0]] * missing)
+                    rows = iter(self.model.predict_on_batch(batch.astype("float32")))
+                for path, image in zip(some, found, strict=True):
+                    yield path, next(rows) if isinstance(image, np.ndarray) else image
+
+
+def load_classifier(path):
+    """Read what `save_classifier` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A `Classifier`.
+
+    Raises:
+        gcvit.CheckpointError: if the file is damaged, or does not say what its use takes.
+        FileNotFoundError: if there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        notes = {name: _parsed(text) for name, text in training_notes(path).items()}
+        preset = PRESETS.get(notes.get("preset"), {})
+        image_size = notes.pop("image_size", preset.get("image_size"))
+        config, class_names = notes.pop("config"), notes.pop("classes")
+        model = GCViT(**config)
+        model.build((None, *pair("image_size", image_size), 3))
+    except Exception as error:  # whatever a foreign or damaged file leads to
+        raise CheckpointError(
+            f"{path} does not say what a classifier needs ({type(error).__name__}: {error}): its "
+            "model, classes and image size. `python -m gcvit train` writes such a file."
+        ) from error
+    load_checkpoint(model, path)
+    model.compile(jit_compile=jit_compile())
+    scale = [np.float32(notes.pop(name, by)) for name, by in (("mean", MEAN), ("deviation", STD))]
+    return Classifier(model, class_names, image_size, *scale, notes)
+
+
+def _parsed(text):
+    """Return what a text of JSON holds, or the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -1,0 +1,260 @@
+"""A training run that can be cut off and goes on where it was."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from gcvit.fast import device_kinds
+
+
+def accelerator():
+    """Return "gpu" or "tpu" where Keras's backend computes on one, else `None`."""
+    kinds = device_kinds()
+    return "tpu" if "tpu" in kinds else "gpu" if "gpu" in kinds else None
+
+
+def jit_compile():
+    """Return `Model.compile`'s `jit_compile`: off for TensorFlow on a CPU, else Keras's choice.
+
+    There XLA, the compiler that it turns on, is slow at depthwise convolutions.
+    """
+    return "auto" if accelerator() or keras.backend.backend() != "tensorflow" else False
+
+
+def precision():
+    """Return what to compute in here: a mixed precision on an accelerator, else "float32"."""
+    return {"gpu": "mixed_float16", "tpu": "mixed_bfloat16", None: "float32"}[accelerator()]
+
+
+class BackupError(ValueError):
+    """The state of a training run cannot be read, or is another run's."""
+
+
+class TrainingState(keras.callbacks.Callback):
+    """Keeps the best epoch's weights and, in a file, all that a run that is cut off needs.
+
+    The file is replaced as a whole after each epoch: the weights, those of the best epoch,
+    the optimizer's and the random generators' state, and the numbers so far. Where the
+    optimizer averages the weights, the averages are what is validated and kept.
+
+    Keras has a callback for each of the three. Together they lose the best weights when a
+    run is cut off, and can be cut off themselves between two files.
+
+    Args:
+        model: a compiled model, whose optimizer is built.
+        run: what must be the same for a run to go on: a dict of JSON's types.
+        file: where the state is kept; default `None`: nowhere.
+        patience: epochs without a lower validation loss after which the run ends; default
+            `None`: it does not.
+        leave_best: whether the model has the best epoch's weights at the end; default
+            `True`; else the last epoch's.
+    """
+
+    def __init__(self, model, run, file=None, patience=None, leave_best=True):
+        super().__init__()
+        self.set_model(model)
+        self.run = json.loads(json.dumps(run))
+        self.file = Path(file) if file else None
+        self.patience = patience
+        self.leave_best = leave_best
+        self.pass_number = tf.Variable(0, dtype="int64", trainable=False)
+        self.logs = []
+        self.best_epoch, self.best_weights = None, None
+        self.trained = None  # the weights that are trained on, while averages stand in
+        self.on_best = None  # called after an epoch that is the best so far
+        self.interrupted = False
+
+    @property
+    def history(self):
+        """The numbers of each epoch so far: {name: list}."""
+        return {name: [logs[name] for logs in self.logs] for name in (self.logs or [{}])[0]}
+
+    @property
+    def ended(self):
+        """Whether the patience is at its end."""
+        waited = len(self.logs) - 1 - (self.best_epoch or 0)
+        return self.patience is not None and waited >= self.patience
+
+    def state(self):
+        """Return the variables that a run goes on from."""
+        return [*self.model.variables, *self.model.optimizer.variables]
+
+    def resume(self):
+        """Go on from the file, where there is one.
+
+        Raises:
+            BackupError: if the file is damaged or another run's.
+        """
+        if self.file is None or not self.file.exists():
+            return
+        way_out = "To start anew, delete it; to keep it, name another folder."
+        try:
+            with np.load(self.file) as kept:
+                said = json.loads(str(kept["said"]))
+                values = [kept[f"state{i}"] for i in range(said["states"])]
+                best = [kept[f"best{i}"] for i in range(said["bests"])]
+        except Exception as error:  # whatever a damaged file raises
+            raise BackupError(f"{self.file} cannot be read ({error}). {way_out}") from error
+        for name, here in self.run.items():
+            if said["run"].get(name) != here:
+                raise BackupError(
+                    f"{self.file} is of another run: its {name} is {said['run'].get(name)}, here "
+                    f"it is {here}. {way_out}"
+                )
+        for variable, value in zip(self.state(), values, strict=True):
+            variable.assign(value)
+        self.logs, self.best_epoch, self.best_weights = (
+            said["logs"],
+            said["best_epoch"],
+            best or None,
+        )
+
+    def write(self):
+        """Write what `resume` reads; the file is whole or the one before, never a part."""
+        state = [keras.ops.convert_to_numpy(variable) for variable in self.state()]
+        said = {"run": self.run, "logs": self.logs, "best_epoch": self.best_epoch}
+        said |= {"states": len(state), "bests": len(self.best_weights or [])}
+        arrays = {f"state{i}": value for i, value in enumerate(state)}
+        arrays |= {f"best{i}": value for i, value in enumerate(self.best_weights or [])}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.file.with_suffix(".part")
+        with open(unfinished, "wb") as file:
+            np.savez(file, said=json.dumps(said), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, self.file)
+
+    def restore_best(self):
+        """Give the model the best epoch's weights, if an epoch has been finished."""
+        if self.best_weights is not None:
+            self.model.set_weights(self.best_weights)
+
+    def take_averages(self):
+        """Have the averages stand in for the weights that are trained on, if there are any."""
+        variables = self.model.trainable_variables
+        self.trained = [keras.ops.convert_to_numpy(variable) for variable in variables]
+        self.model.optimizer.finalize_variable_values(variables)
+
+    def return_trained(self):
+        """Undo `take_averages`."""
+        if self.trained is not None:
+            for variable, value in zip(self.model.trainable_variables, self.trained, strict=True):
+                variable.assign(value)
+            self.trained = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.pass_number.assign(epoch)
+
+    def on_test_begin(self, logs=None):
+        self.take_averages()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.logs.append({name: float(value) for name, value in (logs or {}).items()})
+        losses = self.history["val_loss"]
+        if losses[-1] <= np.nanmin([*losses, np.inf]):  # never so for NaN
+            self.best_epoch, self.best_weights = epoch, self.model.get_weights()
+            if self.on_best:
+                self.on_best()
+        self.return_trained()
+        if self.file:
+            self.write()
+        self.model.stop_training = self.ended
+
+    def on_train_end(self, logs=None):
+        if self.leave_best:
+            self.restore_best()
+
+
+@dataclasses.dataclass
+class Run:
+    """A training run, ready for `fit`.
+
+    Attributes:
+        train: batches to train on.
+        validation: batches to validate on.
+        epochs: passes over them.
+        keeper: its `TrainingState`.
+    """
+
+    train: tf.data.Dataset
+    validation: tf.data.Dataset
+    epochs: int
+    keeper: TrainingState
+
+
+def fit(model, run, verbose="auto", callbacks=(), on_best=None, **kwargs):
+    """Train a model, from where the run was cut off if it was.
+
+    An interrupt (Ctrl-C, or the notebook's stop button) ends the run with the weights of
+    the best epoch; the backup stays, and the next call goes on from it. A run that ends by
+    itself removes its backup.
+
+    Args:
+        model: a model that a recipe has prepared.
+        run: what the recipe returned: a `Run`.
+        verbose: see `keras.Model.fit`; default "auto".
+        callbacks: more of them. What they add to the logs of an epoch is kept with the rest.
+        on_best: function without arguments that is called after each epoch that is the best
+            so far, with its weights in the model; default `None`.
+        **kwargs: what else `keras.Model.fit` takes, such as `class_weight`.
+
+    Returns:
+        Loss and metrics after each epoch, those before a cut too: {name: list}.
+
+    Raises:
+        BackupError: if the backup is damaged or another run's.
+    """
+    keeper = run.keeper
+    keeper.on_best, keeper.interrupted = on_best, False
+    keeper.resume()
+    done = len(keeper.logs)
+    if done:
+        print(f"Going on after epoch {done} of {run.epochs}.")
+    try:
+        if done < run.epochs and not keeper.ended:
+            model.fit(
+                run.train,
+                validation_data=run.validation,
+                epochs=run.epochs,
+                initial_epoch=done,
+                callbacks=[*callbacks, keeper],
+                shuffle=False,  # the batches are shuffled already
+                verbose=verbose,
+                **kwargs,
+            )
+        else:
+            keeper.on_train_end()
+    except KeyboardInterrupt:
+        keeper.interrupted = True
+        keeper.restore_best()
+        best = keeper.best_epoch
+        has = "those it had then" if best is None else f"those of epoch {best + 1}"
+        print(f"\nInterrupted after {len(keeper.logs)} epochs; the weights are {has}.")
+    else:
+        if keeper.file:
+            keeper.file.unlink(missing_ok=True)
+    return keeper.history
+
+
+def make_variables(model, labels, classes):
+    """Make the variables of a compiled model's optimizer and metrics.
+
+    Made in the first step, as they are by default, they have TensorFlow trace it twice,
+    which takes longer than many a step. A backup is read into them.
+
+    Raises:
+        ValueError: if the model has no weights yet to make them for.
+    """
+    if not model.built:
+        raise ValueError(
+            "The model has no weights yet, so nothing can be trained. Build it first: "
+            "model.build((None, height, width, 3))."
+        )
+    model.optimizer.build(model.trainable_variables)
+    model.compute_metrics(None, labels, np.zeros((1, classes), "float32"))
+    model.reset_metrics()

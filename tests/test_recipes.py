@@ -1,0 +1,86 @@
+"""The recipes and the optimizers that they are made of."""
+
+import keras
+import numpy as np
+import pytest
+from conftest import (
+    plain_model,
+    plan_for,
+    tiny_model,
+    to_numpy,
+    weights_of,
+)
+
+from gcvit import GCViT, fine_tuning
+from gcvit.fine_tuning import recipes
+
+
+def test_warmup_cosine_by_hand():
+    schedule = recipes.WarmupCosine(1.0, 4, 12)
+    rates = [float(schedule(step)) for step in (0, 1, 3, 4, 6, 8, 12, 99)]
+    cosine = 0.5 * (1 + np.cos(np.pi / 4))
+    np.testing.assert_allclose(rates, [0.25, 0.5, 1, 1, cosine, 0.5, 0, 0], atol=1e-6)
+    again = keras.optimizers.schedules.deserialize(keras.optimizers.schedules.serialize(schedule))
+    assert float(again(1)) == 0.5
+    assert float(recipes.WarmupCosine(1.0, 0, 0)(0)) == 1.0
+
+
+def test_weight_decay_spares_biases_norms_factors_and_tables():
+    model = tiny_model(layer_scale=0.1)
+    optimizer = fine_tuning.adamw(1.0, weight_decay=0.5)
+    variables = model.trainable_variables
+    before = weights_of(model)
+    for variable in variables:  # so that each would be seen to shrink
+        variable.assign(np.ones(variable.shape))
+    optimizer.apply([np.zeros(variable.shape, "float32") for variable in variables], variables)
+    shrunk = {variable.path for variable in variables if to_numpy(variable).mean() < 0.9}
+    spared = {variable.path for variable in variables} - shrunk
+    assert shrunk == {v.path for v in variables if v.path.endswith("kernel")}
+    endings = {path.rsplit("/", 1)[1] for path in spared}
+    assert endings == {
+        "bias", "gamma", "beta", "gamma1", "gamma2", "relative_position_bias_table"
+    }  # fmt: skip
+    assert len(before) == len(model.weights)
+
+
+def test_earlier_layers_learn_at_lower_rates():
+    config = {"window_size": (8, 4), "depths": (1, 1), "num_heads": (1, 2)}
+    model = GCViT(**config, embed_dim=4, num_classes=2)
+    model.build((None, 32, 32, 3))
+    rates = fine_tuning.layer_rates(model, decay=0.5)
+    assert rates == {"patch_embed": 0.125, "levels_0": 0.25, "levels_1": 0.5}
+    optimizer = fine_tuning.adamw(0.1, weight_decay=0.0, rates=rates)
+    variables = model.trainable_variables
+    before = [to_numpy(variable) for variable in variables]
+    # Adam's first step has the length of the learning rate, whatever the gradient.
+    optimizer.apply([np.ones(variable.shape, "float32") for variable in variables], variables)
+    for variable, value in zip(variables, before, strict=True):
+        part = variable.path.split("/")[1]
+        moved = value - to_numpy(variable)
+        np.testing.assert_allclose(moved, 0.1 * rates.get(part, 1.0), rtol=1e-3)
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert again.rates == rates
+
+
+@pytest.mark.parametrize("recipe", fine_tuning.RECIPES.values())
+def test_a_model_without_weights_is_refused(recipe):
+    photos = fine_tuning.embedded_photographs(per_class=4)
+    plan = fine_tuning.Plan("t", "", None, 32, None, None, 1, 8, "float32", "", ())
+    with pytest.raises(ValueError, match="Build it first"):
+        recipe(GCViT((4, 2), 8, (1, 1), (1, 2), num_classes=7), photos, plan)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "build", "dtype"),
+    [("original", plain_model, "float32"), ("finetune", tiny_model, "mixed_float16")],
+)
+def test_a_recipe_trains_a_model_in_its_precision(two_classes, recipe, build, dtype):
+    photos, _ = two_classes
+    keras.utils.set_random_seed(0)
+    model = build() if dtype == "float32" else build(dtype=dtype)
+    before = weights_of(model)
+    plan = plan_for(1, dtype=dtype)
+    fine_tuning.fit(model, fine_tuning.RECIPES[recipe](model, photos, plan), verbose=0)
+    after = weights_of(model)
+    assert all(np.isfinite(value).all() for value in after)
+    assert any((now != then).any() for now, then in zip(after, before, strict=True))

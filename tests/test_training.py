@@ -1,0 +1,236 @@
+"""A run that is cut off, by whatever, and goes on."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from conftest import (
+    dark_and_bright,
+    plain_model,
+    plan_for,
+    same_weights,
+    tiny_model,
+    to_numpy,
+    weights_of,
+)
+
+from gcvit import fine_tuning
+from gcvit.fine_tuning import (
+    BackupError,
+    recipes,
+)
+
+
+@pytest.fixture
+def undistorted(monkeypatch):
+    """Spare a run the augmentation, which takes TensorFlow a second to trace."""
+    monkeypatch.setattr(recipes, "rand_augment", lambda strength: fine_tuning.flip)
+    monkeypatch.setattr(recipes, "mix", lambda batches, seed, epoch: batches)
+
+
+class At(keras.callbacks.Callback):
+    """Does something in the middle of an epoch."""
+
+    def __init__(self, epoch, act):
+        super().__init__()
+        self.wanted, self.act = epoch, act
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.now = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.now == self.wanted and batch == 0:
+            self.act()
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+DYING_RUN = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+from test_training import At, dark_and_bright, learning_model, prepared
+from gcvit import fine_tuning
+
+model = learning_model(0)
+run = prepared(model, dark_and_bright(), sys.argv[1])
+die = At(2, lambda: os.kill(os.getpid(), signal.SIGKILL))
+fine_tuning.fit(model, run, verbose=0, callbacks=[die])
+"""
+
+
+def learning_model(seed):
+    """Build a model in whose training something is random: dropout, as drop path is."""
+    keras.utils.set_random_seed(seed)
+    return plain_model(drop_rate=0.3)
+
+
+def prepared(model, photos, backup=None):
+    return fine_tuning.finetune(model, photos, plan_for(4), backup=backup, peak=3e-3)
+
+
+def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
+    """SIGKILL in the middle of an epoch; then the same call again, in another process."""
+    photos = dark_and_bright()
+    script = [sys.executable, "-c", DYING_RUN, str(tmp_path), str(Path(__file__).parent)]
+    died = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.npz"]
+
+    whole = learning_model(0)
+    start = weights_of(whole)
+    history = fine_tuning.fit(whole, prepared(whole, photos), verbose=0)
+    assert not same_weights(whole, start)
+
+    resumed = learning_model(1)
+    run = prepared(resumed, photos, tmp_path)
+    counted = []
+    counter = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: counted.append(epoch)
+    )
+    later = fine_tuning.fit(resumed, run, verbose=0, callbacks=[counter])
+    assert counted == [2, 3]
+    for name, values in history.items():
+        np.testing.assert_allclose(later[name], values, atol=1e-6, err_msg=name)
+    for ours, theirs in zip(weights_of(resumed), weights_of(whole), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_variables_of_a_gcvit_hold_its_random_generators():
+    model = tiny_model(path_drop=0.5, drop_rate=0.1)
+    images = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype("float32")
+    before = [to_numpy(variable) for variable in model.variables]
+    first, second = (to_numpy(model(images, training=True)) for _ in range(2))
+    assert np.abs(first - second).max() > 1e-4
+    for variable, value in zip(model.variables, before, strict=True):
+        variable.assign(value)
+    np.testing.assert_allclose(to_numpy(model(images, training=True)), first, atol=1e-6)
+
+
+@pytest.mark.usefixtures("undistorted")
+def test_the_averaged_weights_of_the_best_epoch_are_left(two_classes):
+    photos, batches = two_classes
+    keras.utils.set_random_seed(0)
+    model = plain_model()
+    run = fine_tuning.finetune(model, photos, plan_for(3))
+    history = fine_tuning.fit(model, run, verbose=0)
+    loss = model.evaluate(batches, verbose=0)[0]
+    assert loss == pytest.approx(min(history["val_loss"]), rel=1e-4)
+
+    # Timing its steps leaves the model as it is.
+    before = weights_of(model), int(model.optimizer.iterations)
+    assert fine_tuning.training_speed(model, batches, steps=2) > 0
+    assert int(model.optimizer.iterations) == before[1]
+    assert same_weights(model, before[0])
+
+
+def worsening(photos):
+    """Return photographs with a validation part on which each epoch does worse."""
+    wrong = photos.validation.map(lambda image, label: (image, 1 - label))
+    return dataclasses.replace(photos, validation=wrong)
+
+
+@pytest.mark.usefixtures("undistorted")
+def test_a_run_remembers_its_best_epoch_and_patience_when_it_is_cut_off(two_classes, tmp_path):
+    photos = worsening(two_classes[0])
+    whole = plain_model()
+    start = weights_of(whole)
+    run = fine_tuning.finetune(whole, photos, plan_for(9), peak=3e-3, patience=3)
+    history = fine_tuning.fit(whole, run, verbose=0)
+    assert len(history["loss"]) < 9 and int(np.argmin(history["val_loss"])) == 0
+
+    model = plain_model()
+    model.set_weights(start)
+    run = fine_tuning.finetune(model, photos, plan_for(9), tmp_path, peak=3e-3, patience=3)
+    with pytest.raises(ZeroDivisionError):
+        fine_tuning.fit(model, run, verbose=0, callbacks=[At(2, lambda: 1 / 0)])
+    model = plain_model()
+    run = fine_tuning.finetune(model, photos, plan_for(9), tmp_path, peak=3e-3, patience=3)
+    later = fine_tuning.fit(model, run, verbose=0)
+    assert later["val_loss"] == pytest.approx(history["val_loss"], rel=1e-5)
+    for ours, theirs in zip(weights_of(model), weights_of(whole), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("recipe", ["original", "finetune"])
+@pytest.mark.usefixtures("undistorted")
+def test_an_interrupt_leaves_the_best_weights_and_the_backup(two_classes, tmp_path, capsys, recipe):
+    photos, _ = two_classes
+    model = plain_model()
+    run = fine_tuning.RECIPES[recipe](model, photos, plan_for(4), backup=tmp_path)
+    history = fine_tuning.fit(model, run, verbose=0, callbacks=[At(2, interrupt)])
+    assert len(history["loss"]) == 2
+    best = int(np.argmin(history["val_loss"]))
+    assert f"after 2 epochs; the weights are those of epoch {best + 1}" in capsys.readouterr().out
+    loss = model.evaluate(run.validation, verbose=0)[0]
+    assert loss == pytest.approx(history["val_loss"][best], rel=1e-4)
+    again = fine_tuning.fit(model, run, verbose=0)
+    assert len(again["loss"]) == 4 and again["loss"][:2] == history["loss"]
+
+
+@pytest.mark.usefixtures("undistorted")
+def test_an_interrupt_in_the_first_epoch_leaves_a_usable_model(two_classes, capsys):
+    photos, batches = two_classes
+    model = plain_model()
+    run = fine_tuning.finetune(model, photos, plan_for(2))
+    assert fine_tuning.fit(model, run, verbose=0, callbacks=[At(0, interrupt)]) == {}
+    assert "those it had then" in capsys.readouterr().out
+    assert np.isfinite(model.evaluate(batches, verbose=0)[0])
+
+
+@pytest.mark.usefixtures("undistorted")
+def test_a_backup_of_another_run_or_a_damaged_one_is_refused(two_classes, tmp_path):
+    photos, _ = two_classes
+
+    def attempt(epochs=4, **settings):
+        model = plain_model()
+        run = fine_tuning.finetune(model, photos, plan_for(epochs), tmp_path, **settings)
+        fine_tuning.fit(model, run, verbose=0, callbacks=[At(1, interrupt)])
+
+    attempt()
+    with pytest.raises(
+        BackupError, match=r"run\.npz is of another run: its epochs is 4, here .* 5"
+    ):
+        attempt(5)
+    with pytest.raises(BackupError, match=r"its peak is 0\.001, here it is 0\.1\. To start anew"):
+        attempt(peak=0.1)
+    whole = (tmp_path / "run.npz").read_bytes()
+    (tmp_path / "run.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BackupError, match=r"run\.npz cannot be read"):
+        attempt()
+
+
+def test_a_backup_of_a_gcvit_holds_the_state_of_its_optimizer(tmp_path):
+    models = []
+    for value in (1.0, 0.0):
+        model = tiny_model()
+        optimizer = fine_tuning.adamw(1e-3, rates=fine_tuning.layer_rates(model), use_ema=True)
+        model.compile(optimizer, "categorical_crossentropy")
+        optimizer.build(model.trainable_variables)
+        for variable in optimizer.variables:
+            variable.assign(np.full(variable.shape, value))
+        models.append(model)
+    models[0].save_weights(tmp_path / "latest.weights.h5")
+    models[1].load_weights(tmp_path / "latest.weights.h5")
+    assert same_weights(models[1], weights_of(models[0]))
+    assert all((to_numpy(variable) == 1).all() for variable in models[1].optimizer.variables)
+
+
+@pytest.mark.usefixtures("undistorted")
+def test_early_stopping_leaves_the_best_epoch_s_averaged_weights(two_classes):
+    photos = worsening(two_classes[0])
+    keras.utils.set_random_seed(0)
+    model = plain_model()
+    run = fine_tuning.finetune(model, photos, plan_for(8), peak=3e-3, patience=1)
+    history = fine_tuning.fit(model, run, verbose=0)
+    assert len(history["loss"]) < 8
+    best = min(history["val_loss"])
+    assert best < history["val_loss"][-1]
+    assert model.evaluate(run.validation, verbose=0)[0] == pytest.approx(best, rel=1e-4)
