@@ -80,7 +80,7 @@ format: install ## Format the code and tidy the notebooks
 lock: ## Compile requirements-lock.txt anew (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-annotate --no-header --upgrade \
-	  --extra book --extra test -o requirements-lock.txt pyproject.toml
+	  --extra test -o requirements-lock.txt pyproject.toml
 
 clean: ## Remove what was built, .venv included
 	rm -rf _build .venv .pytest_cache .ruff_cache *.egg-info build dist

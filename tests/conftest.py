@@ -10,17 +10,20 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import chromium
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from playwright.sync_api import sync_playwright
 
 from gcvit import GCViT, fine_tuning
 from gcvit.fine_tuning import Photographs, recipes
 from gcvit.weights import save_safetensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
+LOUD, NEAR = ("error", "warning", "assert"), ("file:", "data:", "blob:")
 SMALL = {
     "window_size": (7, 7, 14, 7),
     "embed_dim": 16,
@@ -92,6 +95,39 @@ def same_weights(model, before):
     return all(
         np.array_equal(to_numpy(now), then) for now, then in zip(model.weights, before, strict=True)
     )
+
+
+# Of a module: while Playwright runs, nothing else in the process can use asyncio.
+@pytest.fixture(scope="module")
+def browser():
+    if chromium.executable() is None:
+        pytest.skip(f"needs Chromium: none of {', '.join(chromium.NAMES)} is installed")
+    with sync_playwright() as playwright, contextlib.closing(chromium.launch(playwright)) as found:
+        yield found
+
+
+@pytest.fixture
+def open_page(browser):
+    """Return what opens a file, at a width and a height, in a page of its own.
+
+    In the end no page may have logged an error or a warning, or asked for anything elsewhere.
+    """
+    contexts, faults = [], []
+
+    def opened(path, width=1280, height=900, **options):
+        viewport = {"width": width, "height": height}
+        contexts.append(browser.new_context(viewport=viewport, **options))
+        page = contexts[-1].new_page()
+        page.on("console", lambda m: m.type in LOUD and faults.append(m.text))
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("request", lambda r: r.url.startswith(NEAR) or faults.append(r.url))
+        page.goto(Path(path).as_uri())
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert faults == []
 
 
 @pytest.fixture(scope="session")

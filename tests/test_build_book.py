@@ -5,114 +5,53 @@ import subprocess
 import sys
 from pathlib import Path
 
+import build_book
 import nbformat
 import pytest
-from build_book import chapter_states
-from dependencies import ALL, code_of, dependencies, package_modules
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PACKAGE = {
-    "__init__": "from gcvit.layers import Wide\nfrom gcvit.shapes import halved\n",
-    "shapes": (
-        "import math\n\nSIDE = 7\n\n\ndef halved(n):\n    return math.ceil(n / 2)\n\n\n"
-        "def side():\n    return SIDE\n"
-    ),
-    "layers": (
-        "from gcvit import shapes\nfrom gcvit.shapes import halved as half\n\n\n"
-        "class Wide:\n    size = half(4)\n\n\ndef unused():\n    return shapes.side()\n\n\n"
-        "def every():\n    return vars(shapes)\n"
-    ),
-}
-
-
-def test_what_every_chapter_depends_on_can_be_told():
-    assert len(set(chapter_states().values())) == len(list((ROOT / "book").glob("*.ipynb")))
-
 
 @pytest.fixture
-def package(tmp_path):
-    for name, code in PACKAGE.items():
-        (tmp_path / f"{name}.py").write_text(code)
+def book(tmp_path, monkeypatch):
+    """A package and a lock of no length, and where the results of chapters are kept."""
+    for name in ("gcvit/fine_tuning/recipes.py", "gcvit/results/bench.json", "lock.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    for name, part in (
+        ("ROOT", "."),
+        ("PACKAGE", "gcvit"),
+        ("LOCK", "lock.txt"),
+        ("BUILD", "_build"),
+        ("CACHE", "_build/.jupyter_cache"),
+        ("STATE", "_build/state.txt"),
+    ):
+        monkeypatch.setattr(build_book, name, tmp_path / part)
     return tmp_path
 
 
-def names(package, code):
-    found = dependencies(code, *package_modules(package))
-    return {f"{module}.{name}" for module, name in found if not name.startswith("(")}
+def is_executed_again(book):
+    """Tell whether the results at hand are dropped, with those of an unknown state first."""
+    build_book.CACHE.mkdir(parents=True, exist_ok=True)
+    build_book.drop_stale(build_book.state())
+    return not build_book.CACHE.is_dir()
 
 
-@pytest.mark.parametrize(
-    "code, expected",
-    [
-        ("import math\nmath.sqrt(2)", set()),
-        ("from gcvit import Wide\nWide()", {"layers.Wide", "shapes.halved"}),
-        ("from gcvit import shapes\nshapes.side()", {"shapes.side", "shapes.SIDE"}),
-        ("from gcvit.layers import unused", {"layers.unused", "shapes.side", "shapes.SIDE"}),
-        # A module that is handed on may be asked for anything.
-        (
-            "from gcvit import shapes\nprint(shapes)",
-            {f"shapes.{n}" for n in "side SIDE halved".split()},
-        ),
-        (
-            "from gcvit.layers import every",
-            {"layers.every", *(f"shapes.{n}" for n in "side SIDE halved".split())},
-        ),
-    ],
-)
-def test_a_chapter_depends_on_what_it_names_and_what_that_names(package, code, expected):
-    assert names(package, code) == expected
-
-
-def test_what_runs_on_import_counts_for_every_name(package):
-    code = "from gcvit.shapes import halved"
-    before = dependencies(code, *package_modules(package))
-    path = package / "shapes.py"
-    path.write_text(path.read_text().replace("import math", "import math\nmath.pi = 3"))
-    assert dependencies(code, *package_modules(package)) != before
-
-
-def test_an_import_that_is_not_followed_is_refused(package):
-    with pytest.raises(ValueError, match="line 2: write `from gcvit import"):
-        names(package, "import math\nimport gcvit.shapes")
-
-
-def test_an_edit_makes_stale_what_it_reaches_and_nothing_else(tmp_path):
-    folder = tmp_path / "gcvit"
-    shutil.copytree(ROOT / "gcvit", folder)
-    chapters = {path.stem: code_of(path) for path in (ROOT / "book").glob("0[1-8]*.ipynb")}
-
-    def state():
-        modules, exports = package_modules(folder)
-        return {name: dependencies(code, modules, exports) for name, code in chapters.items()}
-
-    def stale_after(file, old, new):
-        before, path = state(), folder / file
-        text = path.read_text(encoding="utf-8")
-        assert old in text
-        path.write_text(text.replace(old, new), encoding="utf-8")
-        after = state()
-        return {name for name in chapters if before[name] != after[name]}
-
-    room = "fine_tuning/evaluation.py"
-    assert stale_after(room, "def calibration(", "def calibration(_=None, *, ") == {
-        "08-fine-tuning"
-    }
-    assert stale_after("stem.py", "@keras.saving", "# a comment above\n@keras.saving") == set()
-    assert stale_after("attention.py", "def call(self", "def call(self, *_") == set(chapters)
-
-
-def test_every_module_of_the_package_is_understood():
-    modules, exports = package_modules(ROOT / "gcvit")
-    for name, (module, export) in exports.items():
-        assert export in modules[module].texts, name
-    for module in modules.values():
-        for used in set().union(*module.uses.values()):
-            assert used[0] in modules and used[1] in {
-                ALL,
-                *modules[used[0]].texts,
-                *modules[used[0]].imported,
-            }, used
+def test_chapters_are_executed_again_when_what_they_stand_on_changes(book, monkeypatch):
+    assert is_executed_again(book)  # nobody knows what state these results are of
+    assert not is_executed_again(book)
+    for name in ("gcvit/fine_tuning/recipes.py", "gcvit/results/bench.json", "lock.txt"):
+        (book / name).write_text("1")
+        assert is_executed_again(book), name
+        assert not is_executed_again(book), name
+    (book / "gcvit/level.py").write_text("")
+    assert is_executed_again(book)
+    monkeypatch.setenv("GCVIT_RUN", "another")
+    assert is_executed_again(book)
+    (book / "gcvit" / "__pycache__").mkdir()
+    (book / "gcvit" / "__pycache__" / "level.pyc").write_text("compiled")
+    (book / "README.md").write_text("other words")
+    assert not is_executed_again(book)
 
 
 def project(folder, **chapters):

@@ -69,6 +69,8 @@ def test_a_clean_site_passes(site):
 
 
 OUTPUT = "loss 0.5"
+FIRST = "<h1"
+CDN = "https://cdn.org"
 
 
 @pytest.mark.parametrize(
@@ -99,14 +101,40 @@ OUTPUT = "loss 0.5"
         ("A line that rises.", "line.svg", "without alt text"),
         ("<figure", "<svg></svg><figure", "a drawing (svg) without a title"),
         (OUTPUT, "x" * 1_500_000, "weighs 1,5"),
+        (FIRST, f'<script src="{CDN}/x.js"></script>', f"loads {CDN}/x.js from elsewhere"),
+        (FIRST, '<script src="//cdn.org/x.js"></script>', "loads //cdn.org/x.js from elsewhere"),
+        (FIRST, f'<link rel="stylesheet" href="{CDN}/x.css">', f"loads {CDN}/x.css"),
+        (FIRST, f'<img alt="A cat." src="{CDN}/x.png">', f"loads {CDN}/x.png"),
+        (FIRST, f'<img alt="A." src="data:," srcset="a 1x, {CDN}/x.png 2x">', f"{CDN}/x.png"),
+        (FIRST, f"<style>@import '{CDN}/x.css';</style>", f"loads {CDN}/x.css"),
+        (FIRST, f'<p style="background: url({CDN}/x.png)"></p>', f"loads {CDN}/x.png"),
+        (FIRST, '<header class="bd-header"></header>', "has the theme's header"),
+        (FIRST, '<button class="search-button-field"></button>' * 2, "more than one search box"),
     ],
 )
 def test_each_fault_is_caught_and_its_page_named(site, old, new, fault):
-    edited(site, old, new)
+    edited(site, old, new + old if old == FIRST else new)
     lines = found(site)
     assert any(line.startswith("01-chapter.html ") and fault in line for line in lines), lines
     if "class=" not in old:
         assert len(lines) == 1, lines
+
+
+def test_addresses_that_nothing_asks_for_are_left_alone(site):
+    links = (
+        f'<link rel="canonical" href="{CDN}"><dialog><i class="search-button-field"></i></dialog>'
+    )
+    edited(site, "<h1", f'{links}<a class="search-button-field" href="{CDN}">there</a><h1')
+    assert found(site) == []
+
+
+def test_a_style_sheet_that_loads_from_elsewhere(site):
+    (site / "html" / "_static").mkdir()
+    sheet = site / "html" / "_static" / "theme.css"
+    sheet.write_text("a { background: url(near.png) } b { background: url(data:x) }")
+    assert found(site) == []
+    sheet.write_text(f"@font-face {{ src: url('{CDN}/x.woff') }}")
+    assert found(site) == [f"_static/theme.css loads {CDN}/x.woff from elsewhere"]
 
 
 def test_a_page_weighs_what_its_images_weigh(site):

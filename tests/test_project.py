@@ -53,7 +53,7 @@ def test_every_notebook_begins_with_the_same_cell():
     first = {code_cells(path)[0].source for path in NOTEBOOKS}
     assert len(first) == 1
     cell = first.pop()
-    assert f'%pip install --quiet "gcvit-book @ git+{ADDRESS}"' in cell
+    assert f'%pip install --quiet "gcvit-book[chapters] @ git+{ADDRESS}"' in cell
 
 
 def run_first_cell(monkeypatch, installed, colab, replaced=()):

@@ -7,14 +7,15 @@ critical end in exit code 1. axe-core comes from the npm registry; its version i
 """
 
 import argparse
-import json
+import contextlib
 import subprocess
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
-from browser import Browser
+import chromium
+from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 AXE = "axe-core@4.14.1"
@@ -22,13 +23,15 @@ WIDTHS = {"wide": 1400, "narrow": 390}
 SCHEMES = ("light", "dark")
 GRAVE = ("serious", "critical")
 RUN = """
-document.documentElement.dataset.mode = document.documentElement.dataset.theme = SCHEME,
-new Promise(done => setTimeout(done, 300)).then(() =>
-  axe.run(document, {resultTypes: ['violations']})
-).then(found => found.violations.map(one => ({
-  id: one.id, impact: one.impact, help: one.help,
-  places: one.nodes.map(node => [node.target.join(' '), node.failureSummary, node.html]),
-})))
+async (scheme) => {
+  document.documentElement.dataset.mode = document.documentElement.dataset.theme = scheme;
+  await new Promise((done) => setTimeout(done, 300));
+  const {violations} = await axe.run(document, {resultTypes: ["violations"]});
+  return violations.map((one) => ({
+    id: one.id, impact: one.impact, help: one.help,
+    places: one.nodes.map((node) => [node.target.join(" "), node.failureSummary, node.html]),
+  }));
+}
 """
 
 
@@ -45,9 +48,11 @@ def axe():
 
 def findings(browser, script, page, width, scheme):
     """Return axe's findings on a page at a width, in light or in dark."""
-    browser.open(page, width=width, dark=scheme == "dark")
-    browser.evaluate(f"{script}; 0")
-    return browser.evaluate(RUN.replace("SCHEME", json.dumps(scheme)))
+    viewport = {"width": width, "height": 900}
+    with contextlib.closing(browser.new_page(viewport=viewport, color_scheme=scheme)) as opened:
+        opened.goto(page.resolve().as_uri())
+        opened.evaluate(f"{script}; 0")
+        return opened.evaluate(RUN, scheme)
 
 
 def main():
@@ -57,7 +62,10 @@ def main():
     if not pages:
         parser.error("there is no book yet: run make book first")
     script, grave, rest = axe(), 0, 0
-    with Browser() as browser:
+    with (
+        sync_playwright() as playwright,
+        contextlib.closing(chromium.launch(playwright)) as browser,
+    ):
         for page in pages:
             seen = {}
             for width_name, width in WIDTHS.items():

@@ -1,26 +1,25 @@
 """Build the book: execute the chapters whose results are stale, run Jupyter Book, check the pages.
 
-A chapter's result is stale when its code changes, or when what it uses of gcvit/, the
-installed versions or the data it finds change. Results are kept in jupyter-cache, where
-Jupyter Book looks for them. Jupyter Book would fill that cache one chapter after the other;
-here as many chapters run at once as there are processor cores.
+A chapter's result is stale when its code changes, or when the package, the lock or a setting
+does. Results are kept in jupyter-cache, where Jupyter Book looks for them. Jupyter Book would
+fill that cache one chapter after the other; here as many chapters run at once as there are
+processor cores.
 """
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import nbformat
 import yaml
 from check_html import MADE_BY_SPHINX, project_faults, table_of_contents
-from dependencies import code_of, dependencies, package_modules
 from jupyter_cache import get_cache
 from jupyter_cache.base import CacheBundleIn
 from jupyter_cache.executors.utils import single_nb_execution
@@ -28,52 +27,37 @@ from notebooks import tidied, what_failed, written
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK, PACKAGE, BUILD = ROOT / "book", ROOT / "gcvit", ROOT / "_build"
-CACHE, STATES = BUILD / ".jupyter_cache", BUILD / "chapter_states.json"
+CACHE, STATE = BUILD / ".jupyter_cache", BUILD / "state.txt"
+LOCK = ROOT / "requirements-lock.txt"
 DOCTREES = BUILD / ".doctrees"
 KERNEL_LOG = BUILD / "kernels.log"
 CONFIG, TOC, HTML = ROOT / "_config.yml", ROOT / "_toc.yml", BUILD / "html"
 SETTINGS = ("GCVIT_RUN", "TFDS_DATA_DIR", "KERAS_BACKEND", "KERAS_HOME")
 
 
-def chapter_states():
-    """Return a hash for each chapter of everything its results depend on but its own code."""
-    modules, exports = package_modules(PACKAGE)
-    states = {}
-    for path in sorted(BOOK.glob("*.ipynb")):
-        code = code_of(path)
-        found = dependencies(code, modules, exports)
-        digest = hashlib.sha256(repr([os.environ.get(name) for name in SETTINGS]).encode())
-        digest.update(repr(sorted(found.items())).encode())
-        files = [ROOT / "requirements-lock.txt"]
-        if any(module == "weights" for module, _ in found):
-            files += sorted((PACKAGE / "checkpoints").glob("*"))
-        files += [
-            file for file in sorted((PACKAGE / "results").glob("*.json")) if file.name in code
-        ]
-        for file in files:
-            digest.update(file.read_bytes())
-        states[path.name] = digest.hexdigest()
-    return states
+def state():
+    """Return a hash of everything that the chapters' results depend on but their own code."""
+    digest = hashlib.sha256(repr([os.environ.get(name) for name in SETTINGS]).encode())
+    for path in [LOCK, *sorted(PACKAGE.rglob("*"))]:
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(f"{path.relative_to(ROOT)} {path.stat().st_size}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
-def drop_stale(states):
-    """Remove the cached results of chapters whose state is not the recorded one."""
-    known = json.loads(STATES.read_text()) if STATES.is_file() else {}
-    if CACHE.is_dir():
-        cache = get_cache(str(CACHE))
-        for record in cache.list_cache_records():
-            name = Path(record.uri).name
-            if states.get(name) != known.get(name):
-                cache.remove_cache(record.pk)
-                print(f"{name} will be executed again: what it depends on has changed.")
+def drop_stale(state):
+    """Remove the cached results of another state."""
+    if CACHE.is_dir() and (not STATE.is_file() or STATE.read_text() != state):
+        shutil.rmtree(CACHE)
+        print("The package, the lock or a setting has changed: every chapter is executed again.")
     BUILD.mkdir(exist_ok=True)
-    STATES.write_text(json.dumps(states, indent=1))
+    STATE.write_text(state)
 
 
 def stated_seconds(notebook):
     """Return how long a chapter says that it runs; one that does not say is taken for long."""
-    found = re.search(r"It runs in\D*(\d+) (s|min)", notebook.cells[0].source)
-    return int(found[1]) * (60 if found[2] == "min" else 1) if found else float("inf")
+    stated = re.search(r"It runs in\D*(\d+) (s|min)", notebook.cells[0].source)
+    return int(stated[1]) * (60 if stated[2] == "min" else 1) if stated else float("inf")
 
 
 def prepare_kernels(threads):
@@ -81,8 +65,7 @@ def prepare_kernels(threads):
 
     Args:
         threads: how many TensorFlow may split one operation over. With as many as there are
-            cores for each of the kernels that run side by side, operations wait for each other,
-            and the book took 309 s on two cores; with their share of the cores, 266.
+            cores for each of the kernels that run side by side, operations wait for each other.
     """
     os.dup2(os.open(KERNEL_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(threads))
@@ -158,9 +141,9 @@ def configuration(executed):
 
 def drop_leftovers():
     """Remove the pages and images of earlier builds, to which nothing leads any more."""
-    kept = MADE_BY_SPHINX | set(table_of_contents(TOC))
+    pages = MADE_BY_SPHINX | set(table_of_contents(TOC))
     for path in HTML.glob("*.html"):
-        if path.stem not in kept:
+        if path.stem not in pages:
             path.unlink()
     shown = "".join(path.read_text(encoding="utf-8") for path in HTML.glob("*.html"))
     for path in (HTML / "_images").glob("*"):
@@ -190,6 +173,7 @@ def jupyter_book(config, into, *options):
 
 
 def main():
+    began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     way = parser.add_mutually_exclusive_group()
     way.add_argument(
@@ -204,7 +188,7 @@ def main():
         answered = jupyter_book(config, BUILD / "links", "--builder", "linkcheck")
         sys.exit(None if answered else "Some addresses do not answer: see above.")
     if not chosen.executed:
-        drop_stale(chapter_states())
+        drop_stale(state())
         timeout = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["execute"]["timeout"]
         if failures := fill_cache(timeout):
             fail("\n\n".join(failures))
@@ -213,9 +197,11 @@ def main():
     if chosen.executed:
         drop_outputs()
     drop_leftovers()
-    if found := project_faults(HTML):
-        fail("\n".join(["The book was built, but is not as it should be:", *found]))
-    print(f"The book is at {HTML / 'index.html'}. To read it: make serve")
+    if faults := project_faults(HTML):
+        fail("\n".join(["The book was built, but is not as it should be:", *faults]))
+    minutes, seconds = divmod(round(time.monotonic() - began), 60)
+    print(f"The book is at {HTML / 'index.html'}, after {minutes} min {seconds} s.")
+    print("To read it: make serve")
 
 
 if __name__ == "__main__":

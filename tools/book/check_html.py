@@ -33,6 +33,11 @@ LOG_LINE = re.compile(
 RAW_MARKDOWN = re.compile(
     r":::|`{3}|^\.\. [\w-]+::|\{[a-z][\w:-]*\}$|\{[a-z][\w:-]*\}`|\]\(|\$\$", re.M
 )
+ELSEWHERE = re.compile(r"(?:[a-z]+:)?//", re.I)
+CSS_ADDRESS = re.compile(r"""(?:url\(\s*|@import\s+)["']?([^"')\s;]+)""")
+NAMES_ONLY = {"canonical", "author", "license", "next", "prev", "index", "search", "alternate"}
+"""Relations of a link whose address the browser does not ask for."""
+
 NOT_PROSE = "pre, code, script, style, .math, svg, textarea, template"
 
 
@@ -114,10 +119,10 @@ def output_faults(page):
 def raw_markdown_faults(page):
     """Look for directives and roles that were not understood, in the text around the code."""
     for piece in page.article.find_all(string=True):
-        found = RAW_MARKDOWN.search(piece)
-        if found and not any(parent.css.match(NOT_PROSE) for parent in piece.parents):
+        raw = RAW_MARKDOWN.search(piece)
+        if raw and not any(parent.css.match(NOT_PROSE) for parent in piece.parents):
             # A role shows as {name} right before the code that was its content.
-            if found[0].endswith("}") and getattr(piece.next_sibling, "name", None) != "code":
+            if raw[0].endswith("}") and getattr(piece.next_sibling, "name", None) != "code":
                 continue
             yield f"shows raw Markdown: {' '.join(piece.split())[:100]!r}"
 
@@ -137,6 +142,47 @@ def image_faults(page, html):
         named = drawing.get("aria-label") or drawing.get("aria-labeledby") or drawing.find("title")
         if not named and drawing.get("aria-hidden") != "true":
             yield "has a drawing (svg) without a title or an aria-label"
+
+
+def loaded(soup):
+    """Yield the addresses that a page makes the browser ask for, whatever the reader does."""
+    for tag in soup.find_all(["script", "img", "source", "video", "audio", "embed", "iframe"]):
+        yield tag.get("src")
+        yield from (part.split()[0] for part in tag.get("srcset", "").split(",") if part.strip())
+    for tag in soup.find_all("link"):
+        if not NAMES_ONLY.intersection(tag.get("rel", ())):
+            yield tag.get("href")
+    for tag in soup.find_all("object"):
+        yield tag.get("data")
+    for text in [*soup.find_all("style"), *(t["style"] for t in soup.find_all(style=True))]:
+        yield from CSS_ADDRESS.findall(getattr(text, "text", text))
+
+
+def elsewhere_faults(page):
+    """Look for what is loaded from other places: without a network it would be missing."""
+    for reference in loaded(page.soup):
+        if reference and ELSEWHERE.match(reference):
+            yield f"loads {reference[:100]} from elsewhere"
+
+
+def style_faults(html):
+    """Look for the same in the style sheets."""
+    for path in sorted(html.rglob("*.css")):
+        for reference in CSS_ADDRESS.findall(path.read_text(encoding="utf-8")):
+            if ELSEWHERE.match(reference):
+                yield f"{path.relative_to(html)} loads {reference[:100]} from elsewhere"
+
+
+def header_faults(page):
+    """Look for a second search box, or a second bar, above the page's own."""
+    if page.soup.select("header.bd-header"):
+        yield "has the theme's header above its own"
+    # Those in a dialog are hidden until the reader asks for them.
+    if (
+        len([b for b in page.soup.select(".search-button-field") if not b.find_parent("dialog")])
+        > 1
+    ):
+        yield "has more than one search box"
 
 
 def link_faults(page, pages, html, in_repository):
@@ -180,8 +226,8 @@ def repository_files(config, root):
     )
 
     def find(reference):
-        found = prefix.match(reference)
-        return root / unquote(found[1]) if found else None
+        match = prefix.match(reference)
+        return root / unquote(match[1]) if match else None
 
     return find
 
@@ -197,7 +243,7 @@ def faults(html, toc, in_repository=lambda reference: None):
     """
     html, listed = Path(html), table_of_contents(toc)
     pages = {path.stem: Page(path) for path in sorted(html.glob("*.html"))}
-    found = [f"{name} {fault}" for name, fault in chapter_list_faults(pages, listed)]
+    lines = [f"{name} {fault}" for name, fault in chapter_list_faults(pages, listed)]
     for name, page in pages.items():
         notebook = html / "_sources" / f"{name}.ipynb"
         parts = [
@@ -207,12 +253,15 @@ def faults(html, toc, in_repository=lambda reference: None):
             image_faults(page, html),
             link_faults(page, pages, html, in_repository),
             weight_faults(page, html),
+            elsewhere_faults(page),
+            header_faults(page),
         ]
-        found += [f"{page.name} {fault}" for part in parts for fault in part]
+        lines += [f"{page.name} {fault}" for part in parts for fault in part]
+    lines += style_faults(html)
     weight = sum(path.stat().st_size for path in html.rglob("*") if path.is_file())
     if weight > HEAVIEST_BOOK:
-        found.append(f"The book weighs {weight:,} bytes; {HEAVIEST_BOOK:,} are allowed.")
-    return found
+        lines.append(f"The book weighs {weight:,} bytes; {HEAVIEST_BOOK:,} are allowed.")
+    return lines
 
 
 def project_faults(html):
@@ -227,8 +276,8 @@ def main():
     html = parser.parse_args().html
     if not (html / "index.html").is_file():
         sys.exit(f"There is no book in {html}: run make book first.")
-    found = project_faults(html)
-    sys.exit("\n".join(found) if found else None)
+    lines = project_faults(html)
+    sys.exit("\n".join(lines) if lines else None)
 
 
 if __name__ == "__main__":
