@@ -12,9 +12,24 @@ const EPSILON = 1e-5; // PyTorch's, in every layer normalization
 
 const size = (shape) => shape.reduce((product, side) => product * side, 1);
 const tensor = (shape, data = new Float32Array(size(shape))) => ({ shape, data });
-const add = (x, y) => tensor(x.shape, x.data.map((value, i) => value + y.data[i]));
 const range = (count) => Array.from({ length: count }, (_, i) => i);
 const pair = (value) => (Array.isArray(value) ? value : [value, value]);
+
+/** Add two tensors of one shape. */
+function add({ shape, data }, y) {
+  const sum = tensor(shape);
+  for (let i = 0; i < data.length; i++) sum.data[i] = data[i] + y.data[i];
+  return sum;
+}
+
+/** Multiply x with y, repeated over the leading axes that it lacks. */
+function multiply({ shape, data }, y) {
+  const product = tensor(shape), factors = y.data, row = factors.length;
+  for (let i = 0; i < data.length; i += row) {
+    for (let j = 0; j < row; j++) product.data[i + j] = data[i + j] * factors[j];
+  }
+  return product;
+}
 
 // Chapter 1: the small layers that the rest of the model is made of.
 
@@ -43,8 +58,8 @@ export function gelu(x) {
  */
 export function dense(x, weight, bias) {
   const [outputs, inputs] = weight.shape;
-  const [a, w] = [x.data, weight.data];
   const y = tensor([...x.shape.slice(0, -1), outputs]);
+  const a = x.data, w = weight.data, b = bias?.data ?? new Float32Array(outputs), out = y.data;
   const last = a.length / inputs - 1;
   for (let i = 0; i <= last; i += 2) {
     const a0 = i * inputs, a1 = Math.min(i + 1, last) * inputs;
@@ -53,19 +68,17 @@ export function dense(x, weight, bias) {
       const j1 = Math.min(j + 1, outputs - 1), j2 = Math.min(j + 2, outputs - 1);
       const j3 = Math.min(j + 3, outputs - 1);
       const w0 = j * inputs, w1 = j1 * inputs, w2 = j2 * inputs, w3 = j3 * inputs;
-      let p0 = 0, p1 = 0, p2 = 0, p3 = 0, q0 = 0, q1 = 0, q2 = 0, q3 = 0;
+      let p0 = b[j], p1 = b[j1], p2 = b[j2], p3 = b[j3], q0 = p0, q1 = p1, q2 = p2, q3 = p3;
       for (let k = 0; k < inputs; k++) {
         const p = a[a0 + k], q = a[a1 + k];
         const u0 = w[w0 + k], u1 = w[w1 + k], u2 = w[w2 + k], u3 = w[w3 + k];
         p0 += p * u0; p1 += p * u1; p2 += p * u2; p3 += p * u3;
         q0 += q * u0; q1 += q * u1; q2 += q * u2; q3 += q * u3;
       }
-      const out = y.data;
       out[y0 + j] = p0; out[y0 + j1] = p1; out[y0 + j2] = p2; out[y0 + j3] = p3;
       out[y1 + j] = q0; out[y1 + j1] = q1; out[y1 + j2] = q2; out[y1 + j3] = q3;
     }
   }
-  if (bias) for (let i = 0; i < y.data.length; i++) y.data[i] += bias.data[i % outputs];
   return y;
 }
 
@@ -136,26 +149,24 @@ function depthwise(net, name, x) {
     [9, channels], data.map((_, i) => data[(i % channels) * 9 + Math.floor(i / channels)]),
   )).data;
   const a = padByOne(x).data;
-  const y = tensor(x.shape);
-  const row = (width + 2) * channels;
-  for (let i = 0; i < height; i++) {
-    for (let j = 0; j < width; j++) {
-      const out = (i * width + j) * channels;
-      for (let tap = 0; tap < 9; tap++) {
-        const from = (i + Math.floor(tap / 3)) * row + (j + (tap % 3)) * channels;
-        const weights = tap * channels;
-        for (let c = 0; c < channels; c++) y.data[out + c] += a[from + c] * w[weights + c];
-      }
+  const y = tensor(x.shape), out = y.data;
+  for (let i = 0, to = 0; i < height; i++) for (let j = 0; j < width; j++, to += channels) {
+    for (let tap = 0; tap < 9; tap++) {
+      const from = ((i + Math.floor(tap / 3)) * (width + 2) + j + (tap % 3)) * channels;
+      const weights = tap * channels;
+      for (let c = 0; c < channels; c++) out[to + c] += a[from + c] * w[weights + c];
     }
   }
   return y;
 }
 
 function meanOverPlaces(x) {
-  const channels = x.shape.at(-1);
+  const channels = x.shape.at(-1), places = x.data.length / channels;
   const sums = new Float64Array(channels);
-  for (let i = 0; i < x.data.length; i++) sums[i % channels] += x.data[i];
-  return tensor([channels], Float32Array.from(sums, (sum) => (sum * channels) / x.data.length));
+  for (let i = 0; i < x.data.length; i += channels) {
+    for (let c = 0; c < channels; c++) sums[c] += x.data[i + c];
+  }
+  return tensor([channels], Float32Array.from(sums, (sum) => sum / places));
 }
 
 /** Scale each channel of a map by a gate that is computed from all channels' averages. */
@@ -175,8 +186,7 @@ export function squeezeAndExcitation(net, name, x) {
   const sigmoid = (value) => 1 / (1 + Math.exp(-value));
   gates.data = way === "open" || way === "shut"
     ? gates.data.fill(Number(way === "open")) : gates.data.map(sigmoid);
-  net.keep(`${name}.gates`, gates);
-  return tensor(x.shape, x.data.map((value, i) => value * gates.data[i % gates.data.length]));
+  return multiply(x, net.keep(`${name}.gates`, gates));
 }
 
 /** Depthwise 3x3, GELU, squeeze-and-excitation, 1x1: the branch beside a map. */
@@ -193,7 +203,7 @@ export function reduceSize(net, name, x, channels = 2 * x.shape[2]) {
   x = layerNorm(net, `${name}.norm1`, x);
   x = add(x, fusedMbconv(net, `${name}.conv`, x));
   x = convolution(net, `${name}.reduction`, x, channels, false);
-  return net.keep(name, layerNorm(net, `${name}.norm2`, x));
+  return layerNorm(net, `${name}.norm2`, x);
 }
 
 /** Two dense layers with a GELU between them, on each token alone. */
@@ -353,6 +363,7 @@ export function weightsOf(q, k, bias, scale) {
   const [windows, heads, tokens, share] = k.shape;
   const scores = tensor([windows, heads, tokens, tokens]);
   const weights = tensor(scores.shape);
+  const a = q.data, b = k.data, added = bias.data, raw = scores.data, out = weights.data;
   const matrix = tokens * share;
   for (let n = 0, row = 0; n < windows * heads; n++) {
     const query = (q.shape[0] === 1 ? n % heads : n) * matrix;
@@ -363,16 +374,14 @@ export function weightsOf(q, k, bias, scale) {
       for (let j = 0; j < tokens; j++) {
         const key = n * matrix + j * share;
         let score = 0;
-        for (let d = 0; d < share; d++) score += q.data[from + d] * k.data[key + d];
-        scores.data[row + j] = score * scale;
-        weights.data[row + j] = score * scale + bias.data[biases + j];
-        most = Math.max(most, weights.data[row + j]);
+        for (let d = 0; d < share; d++) score += a[from + d] * b[key + d];
+        raw[row + j] = score * scale;
+        out[row + j] = score * scale + added[biases + j];
+        most = Math.max(most, out[row + j]);
       }
       // The softmax. Without the largest score taken off, exp could exceed all numbers.
-      for (let j = 0; j < tokens; j++) {
-        sum += weights.data[row + j] = Math.exp(weights.data[row + j] - most);
-      }
-      for (let j = 0; j < tokens; j++) weights.data[row + j] /= sum;
+      for (let j = 0; j < tokens; j++) sum += out[row + j] = Math.exp(out[row + j] - most);
+      for (let j = 0; j < tokens; j++) out[row + j] /= sum;
     }
   }
   return { scores, weights };
@@ -391,13 +400,16 @@ export function windowAttention(net, name, x, { window, heads }, qGlobal) {
   const [windows, tokens] = x.shape;
   const off = net.switch("headsOff", name) ?? [];
   const mixed = tensor(x.shape);
+  const a = weights.data, values = v.data, out = mixed.data;
   for (let n = 0; n < windows; n++) for (let head = 0; head < heads; head++) {
     if (off.includes(head)) continue;
     const start = (n * heads + head) * tokens;
-    for (let i = 0; i < tokens; i++) for (let j = 0; j < tokens; j++) {
-      const weight = weights.data[(start + i) * tokens + j];
-      const [to, from] = [(n * tokens + i) * channels + head * share, (start + j) * share];
-      for (let d = 0; d < share; d++) mixed.data[to + d] += weight * v.data[from + d];
+    for (let i = 0; i < tokens; i++) {
+      const row = (start + i) * tokens, to = (n * tokens + i) * channels + head * share;
+      for (let j = 0; j < tokens; j++) {
+        const weight = a[row + j], from = (start + j) * share;
+        for (let d = 0; d < share; d++) out[to + d] += weight * values[from + d];
+      }
     }
   }
   const output = dense(mixed, net.weight(`${name}.proj.weight`, [channels, channels]),
@@ -451,8 +463,7 @@ function attend(net, name, x, { window, heads }, qGlobal) {
 /** The learned factors on a branch, where the model has them. */
 function scaled(net, name, x) {
   if (net.config.layer_scale == null) return x;
-  const gamma = net.weight(name, [x.shape.at(-1)]).data;
-  return tensor(x.shape, x.data.map((value, i) => value * gamma[i % gamma.length]));
+  return multiply(x, net.weight(name, [x.shape.at(-1)]));
 }
 
 /** One transformer block on windows: attention plus residual, MLP plus residual. */
@@ -506,7 +517,8 @@ export function level(config, i) {
     }]);
   }
   const downsample = `${name}.downsample`;
-  if (!last) steps.push([downsample, (net, { x }) => ({ x: reduceSize(net, downsample, x) })]);
+  const halve = (net, { x }) => ({ x: net.keep(downsample, reduceSize(net, downsample, x)) });
+  if (!last) steps.push([downsample, halve]);
   return steps;
 }
 
@@ -541,10 +553,12 @@ const isWithin = (name, part) => name === part || name.startsWith(`${part}.`);
 
 function isSame(one, other) {
   if (typeof one !== "object" || !one || !other) return one === other;
+  if (ArrayBuffer.isView(one)) {
+    return one.length === other.length && one.every((value, i) => value === other[i]);
+  }
   const keys = Object.keys(one);
   return keys.length === Object.keys(other).length
-    && (ArrayBuffer.isView(one) ? one.every((value, i) => value === other[i])
-      : keys.every((key) => isSame(one[key], other[key])));
+    && keys.every((key) => isSame(one[key], other[key]));
 }
 
 /** One pass through one step: where the functions above find weights and leave tensors. */
@@ -667,12 +681,10 @@ class Model {
 
   /** Return the switches that a step can see, to tell whether it must be computed again. */
   settingsOf(name, switches) {
-    return Object.fromEntries(Object.entries(switches).map(([kind, value]) => {
-      if (!isByName(value)) return [kind, value];
-      const near = Object.entries(value).filter(
-        ([part]) => isWithin(name, part) || isWithin(part, name));
-      return [kind, Object.fromEntries(near)];
-    }));
+    return Object.entries(switches).flatMap(([kind, value]) => (isByName(value)
+      ? Object.entries(value).filter(([part]) => isWithin(name, part) || isWithin(part, name))
+        .map(([part, way]) => [kind, part, way])
+      : [[kind, value]]));
   }
 }
 
@@ -730,19 +742,23 @@ export function explainWeight(model, tensors, name, { window, head, query, key }
 
 // Files and images.
 
-/** Widen half-precision numbers, of 5 bits for the exponent and 10 for the fraction. */
-const fromFloat16 = (bits) => {
-  const [sign, exponent, part] = [bits >> 15 ? -1 : 1, (bits >> 10) & 31, (bits & 1023) / 1024];
-  if (exponent === 31) return part ? NaN : sign * Infinity;
-  return sign * (exponent ? 2 ** (exponent - 15) * (1 + part) : 2 ** -14 * part);
-};
+/** Read two bytes for each number, whose bits `widen` puts where a float32 has them. */
+function readHalf(buffer, widen) {
+  const halves = new Uint16Array(buffer);
+  const data = new Float32Array(halves.length);
+  const bits = new Uint32Array(data.buffer);
+  for (let i = 0; i < bits.length; i++) bits[i] = widen(halves[i]);
+  return data;
+}
 
 const READERS = {
   F32: (buffer) => new Float32Array(buffer),
-  F16: (buffer) => Float32Array.from(new Uint16Array(buffer), fromFloat16),
-  // A bfloat16 is the upper half of a float32.
-  BF16: (buffer) => new Float32Array(
-    Uint32Array.from(new Uint16Array(buffer), (bits) => bits << 16).buffer),
+  // The upper half of a float32.
+  BF16: (buffer) => readHalf(buffer, (bits) => bits << 16),
+  // Three bits fewer for the exponent, which counts from 15 and not from 127. What is not
+  // finite would come out as 2^16 or more, which no finite float16 is.
+  F16: (buffer) => readHalf(buffer, (bits) => ((bits & 0x8000) << 16) | ((bits & 0x7fff) << 13))
+    .map((value) => (Math.abs(value *= 2 ** 112) < 2 ** 16 ? value : NaN)),
 };
 
 /** Read the tensors of a .safetensors file, as float32, and the metadata in its header. */
@@ -764,6 +780,7 @@ export function readSafetensors(buffer) {
     if (data.length !== size(shape)) {
       throw new Error(`${name} should hold ${size(shape)} numbers; the file has ${data.length}.`);
     }
+    if (!data.every(Number.isFinite)) throw new Error(`${name} holds values that are not finite.`);
     tensors[name] = tensor(shape, data);
   }
   return { tensors, metadata };
