@@ -2,12 +2,12 @@
 
 import base64
 import contextlib
+import functools
 import json
 import shutil
 import subprocess
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 from conftest import slow_on_jax, to_numpy
@@ -15,7 +15,6 @@ from keras import ops
 from PIL import Image
 
 from gcvit import GCViT, SqueezeAndExcitation, explain, laboratory
-from gcvit.global_tokens import FeatureExtraction
 from gcvit.weights import PACKAGED, save_safetensors
 
 ENGINE = Path(laboratory.__file__).parent / "explorer" / "engine.js"
@@ -64,6 +63,8 @@ async function ask(engine, calls) {
         answers.push(engine.classActivation(model, run.tensors, ...args));
       } else if (name === "explainWeight") {
         answers.push(engine.explainWeight(model, run.tensors, ...args));
+      } else if (name === "readSafetensors") {
+        answers.push(engine.readSafetensors(args[0].buffer));
       } else {
         answers.push(engine[name](...args));
       }
@@ -124,7 +125,9 @@ def ask_chromium(*calls):
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         with contextlib.closing(browser):
-            answer = browser.new_page().evaluate(script + "return ask(engine, calls); }", encode(calls))
+            answer = browser.new_page().evaluate(
+                script + "return ask(engine, calls); }", encode(calls)
+            )
     return decode(json.loads(answer))
 
 
@@ -155,7 +158,6 @@ CONFIGS = {
         "qk_scale": 0.3,
     },
 }
-LAST = "other depths, padded windows, no head"
 
 
 def filled(name):
@@ -167,7 +169,9 @@ def filled(name):
     for variable in model.weights:
         values = rng.normal(size=variable.shape)
         if variable.ndim > 1 and "table" not in variable.path:
-            values *= 1.5 / np.sqrt(np.prod(variable.shape[:-1]))
+            values *= 2 / np.sqrt(np.prod(variable.shape[:-1]))
+        elif variable.ndim == 1:
+            values = 0.3 * values + ("gamma" in variable.path)
         variable.assign(values)
     return model, {name: value for name, value in config.items() if name != "head_activation"}
 
@@ -300,3 +304,329 @@ def test_chromium_computes_the_same(tmp_path):
         ["run", image.ravel(), *image.shape[:2]],
     )
     compare(answer, intermediates(model, image))
+
+
+# Switches: what stands in for a part in Keras, and how the engine is told.
+
+GIVEN = RNG.normal(size=(4, 4, 16)).astype("float32")
+
+
+def without_head(attn, x, q_global=None):
+    q, k, v = type(attn).query_key_value(attn, x, q_global)
+    return q, k, v * (np.arange(attn.num_heads) != 1)[:, None, None].astype("float32")
+
+
+def in_parts(attn):
+    wall = laboratory.apart(attn.window_size[0], 4)
+    return type(attn).relative_position_bias(attn) + wall
+
+
+def levels(*indices):
+    return lambda model: [model.levels[i] for i in indices or range(len(model.levels))]
+
+
+def attentions(*indices):
+    return lambda model: [block.attn for x in levels(*indices)(model) for block in x.blocks]
+
+
+def gates(model):
+    return [layer for _, layer in gated_layers(model)]
+
+
+def extractions(model):
+    return [x for level in model.levels for x in level.q_global_gen.to_q_global if not x.keepdims]
+
+
+def zero_query(level, x):
+    return ops.zeros_like(type(level).q_global(level, x))
+
+
+SWITCHES = {
+    "constant query": ({"query": "constant"}, levels(), "q_global", laboratory.constant_query),
+    "zero query": ({"query": {"levels.0": "zero"}}, levels(0), "q_global", zero_query),
+    "given query": (
+        {"query": {"levels.1": {"shape": GIVEN.shape, "data": GIVEN.ravel()}}},
+        levels(1),
+        "q_global",
+        lambda level, x: ops.convert_to_tensor(GIVEN[None]),
+    ),
+    "gates of each place": ({"gates": "place"}, gates, "gates", laboratory.gates_of_each_place),
+    "open gates": ({"gates": "open"}, gates, "gates", lambda layer, x: 1.0),
+    "shut gates": (
+        {"gates": {"levels.1": "shut"}},
+        lambda model: [
+            layer for name, layer in gated_layers(model) if name.startswith("levels.1.")
+        ],
+        "gates",
+        lambda layer, x: 0.0,
+    ),
+    "late windows in parts": (
+        {"part": {"levels.2": 4}},
+        attentions(2),
+        "relative_position_bias",
+        in_parts,
+    ),
+    "a head off": (
+        {"headsOff": {"levels.1": [1], "levels.1.blocks.0": []}},
+        lambda model: [model.levels[1].blocks[1].attn],
+        "query_key_value",
+        without_head,
+    ),
+    "position bias off": (
+        {"bias": "off"},
+        attentions(),
+        "relative_position_bias",
+        lambda attn: ops.zeros_like(type(attn).relative_position_bias(attn)),
+    ),
+    "flat gather": (
+        {"flatGather": True},
+        attentions(),
+        "relative_position_bias",
+        laboratory.flat_gather,
+    ),
+    "zero padding": ({"zeroPadding": True}, extractions, "halve", laboratory.zero_padding),
+}
+
+
+@needs_node
+@pytest.mark.numerics
+def test_each_switch_does_what_its_stand_in_does_in_keras(tmp_path):
+    model, config = model_of("layer scale")
+    image = picture_of("photograph")
+    calls = [["createModel", file_of(model, config, tmp_path)], ["run", image.ravel(), 64, 64, {}]]
+    for switches, *_ in SWITCHES.values():
+        calls.append(["run", image.ravel(), 64, 64, {"switches": switches, "keep": []}])
+    _, plain, *answers = ask(*calls)
+    for (name, (_, find, method, stand_in)), answer in zip(SWITCHES.items(), answers, strict=True):
+        with pytest.MonkeyPatch.context() as patch:
+            for layer in find(model):
+                patch.setattr(layer, method, functools.partial(stand_in, layer))
+            want = to_numpy(model(image[None]))[0]
+        assert "error" not in answer, (name, answer)
+        assert_close(answer["logits"], want, name)
+        assert np.abs(plain["logits"] - want).max() > 1e-3 * np.abs(want).max(), name
+
+
+@needs_node
+def test_a_switch_costs_only_what_lies_behind_it(tmp_path):
+    model, config = model_of("layer scale")
+    image, other = (picture_of(name).ravel() for name in ("photograph", "noise"))
+    off = {"switches": {"headsOff": {"levels.2.blocks.1.attn": [0]}}}
+    _, first, switched, again, plain, fresh, direct = ask(
+        ["createModel", file_of(model, config, tmp_path)],
+        ["run", image, 64, 64, {}],
+        ["run", image, 64, 64, off],
+        ["run", image, 64, 64, off],
+        ["run", image, 64, 64, {}],
+        ["run", other, 64, 64, {}],
+        ["run", image, 64, 64, off],
+    )
+    behind = ["levels.2.blocks.1", "levels.2.downsample", "levels.3.q_global_gen"]
+    behind += ["levels.3.blocks.0", "levels.3.blocks.1", "head"]
+    assert switched["computed"] == plain["computed"] == behind
+    assert again["computed"] == [] and fresh["computed"] == first["computed"] == direct["computed"]
+    np.testing.assert_array_equal(again["logits"], direct["logits"])
+    np.testing.assert_array_equal(plain["logits"], first["logits"])
+    assert np.abs(fresh["logits"] - first["logits"]).max() > 1e-3
+
+
+@needs_node
+def test_only_what_is_asked_for_is_kept(tmp_path):
+    model, config = model_of("layer scale")
+    image = picture_of("noise").ravel()
+    _, some, none = ask(
+        ["createModel", file_of(model, config, tmp_path)],
+        ["run", image, 64, 64, {"keep": ["levels.1.blocks.*.attn.weights", "pool"]}],
+        ["run", image, 64, 64, {"keep": []}],
+    )
+    weights = [f"levels.1.blocks.{j}.attn.weights" for j in range(2)]
+    assert sorted(some["tensors"]) == [*weights, "pool"] and none["tensors"] == {}
+    np.testing.assert_array_equal(some["logits"], none["logits"])
+
+
+@needs_node
+@pytest.mark.numerics
+@pytest.mark.parametrize("path", sorted(PACKAGED.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_the_shipped_weights_give_keras_answers(path):
+    (preset, weights), size = path.stem.split("-"), 96
+    model = GCViT.from_preset(preset, weights)
+    model.head.activation = None
+    image = ((explain.photograph(size) - 120) / 60).astype("float32")
+    asked, answer, by_place = ask(
+        ["createModel", np.frombuffer(path.read_bytes(), "uint8")],
+        ["run", image.ravel(), size, size, {"keep": ["norm"]}],
+        ["classActivation", 2],
+    )
+    assert len(asked["classes"]) == model.num_classes
+    want = to_numpy(model(image[None]))[0]
+    assert_close(answer["logits"], want, "logits")
+    # What the places add, and the bias, is the logit; what they add is Grad-CAM before the cut.
+    np.testing.assert_allclose(by_place.sum() + to_numpy(model.head.bias)[2], want[2], rtol=1e-4)
+    cam = explain.grad_cam(model, image[None], [2])[0]
+    assert_close(np.maximum(by_place, 0), cam, "class activation")
+
+
+@needs_node
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_read_to_the_last_bit(dtype):
+    import ml_dtypes
+    from safetensors.numpy import save
+
+    values = np.concatenate([RNG.normal(size=100) * 10.0 ** RNG.integers(-9, 4, 100), [0, -0.0]])
+    halves = values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    halves = halves[np.isfinite(halves.astype("float32"))]
+    file = np.frombuffer(save({"x": halves}, {"a": "b"}), "uint8")
+    (answer,) = ask(["readSafetensors", file])
+    assert answer["metadata"] == {"a": "b"}
+    np.testing.assert_array_equal(answer["tensors"]["x"], halves.astype("float32"))
+
+
+@needs_node
+def test_errors_name_what_was_given_and_what_was_wanted(tmp_path):
+    from safetensors.numpy import load, save
+
+    model, config = model_of("layer scale")
+    file = file_of(model, config, tmp_path)
+    tensors = load(file.tobytes())
+    metadata = {"config": json.dumps(config)}
+
+    def changed(**values):
+        both = {**tensors, **{name.replace("__", "."): x for name, x in values.items()}}
+        left = {name: x for name, x in both.items() if x is not None}
+        return np.frombuffer(save(left, metadata), "uint8")
+
+    image = picture_of("noise").ravel()
+    answers = ask(
+        ["createModel", file[:-4]],
+        ["createModel", changed(norm__bias=None)],
+        ["createModel", changed(norm__bias=np.zeros(3, "float32"))],
+        ["createModel", changed(extra=np.zeros(3, "float32"))],
+        ["createModel", changed(norm__bias=np.full(64, np.nan, "float32"))],
+        ["createModel", changed(norm__bias=np.zeros(64, "int32"))],
+        ["createModel", np.frombuffer(save(tensors), "uint8")],
+        ["createModel", np.frombuffer(b"<html>not a checkpoint", "uint8")],
+        ["createModel", file],
+        ["run", image, 64, 63, {}],
+        ["run", image[: 31 * 64 * 3], 31, 64, {}],
+        ["run", image, 64, 64, {"switches": {"qwery": "zero"}}],
+        ["run", image, 64, 64, {"switches": {"query": {"levels.7": "zero"}}}],
+        ["run", image, 64, 64, {"switches": {"query": "none"}}],
+        ["run", image, 64, 64, {"switches": {"gates": "ajar"}}],
+        ["run", image, 64, 64, {"switches": {"bias": False}}],
+        ["run", image, 64, 64, {"switches": {"query": {"shape": [1, 1, 8], "data": image[:8]}}}],
+        ["resize", image[:100].astype("uint8"), 10, 20, [5, 5]],
+    )
+    wanted = [
+        "should hold",
+        "norm.bias of shape (64); the checkpoint has no such weight",
+        "norm.bias of shape (64); the checkpoint has (3)",
+        "no layer wants: extra",
+        "norm.bias holds values that are not finite",
+        "norm.bias holds I32; F32,BF16,F16 can be read",
+        "window_size, depths and num_heads",
+        "No .safetensors file",
+        None,
+        "64 x 63 px",
+        "at least 32 px",
+        "query, gates, part, headsOff, bias, flatGather, zeroPadding; got qwery",
+        "no part levels.7",
+        'is "own", "constant", "zero" or a tensor; got none for levels.0',
+        '"own", "place", "open" or "shut"; got ajar',
+        '"on" or "off"; got false',
+        "shape 4,4,8; got one of 1,1,8",
+        "3 or 4 bytes each; got 100 bytes",
+    ]
+    for answer, text in zip(answers, wanted, strict=True):
+        assert (text is None) == ("error" not in answer), (text, answer)
+        assert text is None or text in answer["error"]
+
+
+# From a photograph to what the model takes.
+
+BOXES = {
+    "down": ((97, 131), (32, 32), 1),
+    "down, cropped": ((131, 97), (64, 64), 0.875),
+    "up": ((20, 30), (64, 96), 0.875),
+    "up and down": ((20, 200), (48, 64), 1),
+    "as it is": ((32, 48), (32, 48), 1),
+}
+
+
+def pillow_resize(pixels, size, box):
+    """Resize along the rows, then down the columns.
+
+    In one step Pillow 13 begins with the axis that shrinks the most, older ones with the rows.
+    """
+    (height, width), (left, top, right, bottom) = size, box
+    image, bicubic = Image.fromarray(pixels), Image.Resampling.BICUBIC
+    image = image.resize((width, image.height), bicubic, box=(left, 0, right, image.height))
+    return np.array(image.resize((width, height), bicubic, box=(0, top, width, bottom)))
+
+
+@needs_node
+def test_resizing_is_pillows_to_the_last_bit():
+    photos = {}
+    for name, (shape, _, _) in BOXES.items():
+        contrast = RNG.integers(0, 2, (*shape, 3)) * 255  # overshoots at every edge
+        smooth = RNG.integers(0, 256, (*shape, 3))
+        photos[name] = [contrast.astype("uint8"), smooth.astype("uint8")]
+    boxes = ask(*(["centerBox", *shape, size, crop] for shape, size, crop in BOXES.values()))
+    calls, wanted = [], []
+    for (name, (shape, size, _)), box in zip(BOXES.items(), boxes, strict=True):
+        assert np.isclose((box[2] - box[0]) / (box[3] - box[1]), size[1] / size[0])
+        np.testing.assert_allclose([box[0] + box[2], box[1] + box[3]], shape[::-1])
+        for pixels in photos[name]:
+            wanted.append(pillow_resize(pixels, size, box))
+            alpha = np.full((*shape, 1), 255, "uint8")
+            for bytes_ in (pixels, np.concatenate([pixels, alpha], axis=-1)):
+                calls.append(["resize", bytes_.ravel(), *shape, size, box])
+    answers = ask(*calls)
+    for i, want in enumerate(wanted):
+        for answer in answers[2 * i : 2 * i + 2]:
+            np.testing.assert_array_equal(answer.reshape(want.shape), want)
+
+
+@needs_node
+def test_an_image_is_prepared_as_its_checkpoint_says(tmp_path):
+    model, config = model_of("layer scale")
+    notes = {"image_size": "64", "mean": "[1, 2, 3]", "std": "[4, 5, 6]", "crop": "0.875"}
+    file = file_of(model, config, tmp_path, classes='["a", "b", "c", "d", "e"]', **notes)
+    pixels = RNG.integers(0, 256, (100, 80, 3)).astype("uint8")
+    made = {"imageSize": 64, "crop": 0.875, "mean": [1, 2, 3], "std": [4, 5, 6]}
+    said, box, prepared = ask(
+        ["createModel", file],
+        ["centerBox", 100, 80, [64, 64], 0.875],
+        ["prepare", pixels.ravel(), 100, 80, made],
+    )
+    assert said == {**made, "classes": list("abcde")}
+    want = pillow_resize(pixels, (64, 64), box)
+    assert (prepared["height"], prepared["width"]) == (64, 64)
+    np.testing.assert_array_equal(prepared["pixels"].reshape(want.shape), want)
+    np.testing.assert_allclose(
+        prepared["image"].reshape(want.shape), (want - [1.0, 2, 3]) / [4, 5, 6], rtol=1e-6
+    )
+
+
+@needs_node
+def test_the_arithmetic_behind_a_weight_adds_up(tmp_path):
+    model, config = model_of("layer scale")
+    at = {"window": 3, "head": 1, "query": 5, "key": 9}
+    _, answer, *explained = ask(
+        ["createModel", file_of(model, config, tmp_path)],
+        ["run", picture_of("noise").ravel(), 64, 64, {}],
+        ["explainWeight", "levels.1.blocks.0", at],
+        ["explainWeight", "levels.1.blocks.1", at],
+    )
+    for j, says in enumerate(explained):
+        tensors = {
+            part: answer["tensors"][f"levels.1.blocks.{j}.attn.{part}"]
+            for part in ("q", "k", "bias", "weights")
+        }
+        q = tensors["q"][0 if j else 3, 1, 5]  # a global query has one window
+        np.testing.assert_array_equal(says["q"], q)
+        np.testing.assert_array_equal(says["k"], tensors["k"][3, 1, 9])
+        np.testing.assert_allclose(says["score"], q @ says["k"] * says["scale"], rtol=1e-4)
+        assert says["bias"] == tensors["bias"][1, 5, 9]
+        weight = tensors["weights"][3, 1, 5, 9]
+        np.testing.assert_allclose(says["exp"] / says["sum"], weight, rtol=1e-5)
+        assert says["weight"] == weight

@@ -321,11 +321,12 @@ export function relativePositionBias(net, name, window, heads) {
   const bias = tensor([heads, tokens, tokens]);
   const part = net.switch("part", name);
   const mask = part && blockMask(window, pair(part));
-  const off = net.switch("bias", name) === "off";
+  const way = net.switch("bias", name) ?? "on";
+  if (way !== "on" && way !== "off") throw new Error(`A bias is "on" or "off"; got ${way}.`);
   const flat = net.switch("flatGather", name); // the original notebook's fault
   for (let head = 0; head < heads; head++) {
     for (let i = 0; i < index.length; i++) {
-      const position = off ? 0 : table[flat ? index[i] : index[i] * heads + head];
+      const position = way === "off" ? 0 : table[flat ? index[i] : index[i] * heads + head];
       bias.data[head * index.length + i] = position + (mask ? mask[i] : 0);
     }
   }
