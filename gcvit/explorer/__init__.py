@@ -1,0 +1,31 @@
+"""Chapter 10: the model in the page, and its attention weights packed small."""
+
+from gcvit.explorer.explorer import (
+    FRAME,
+    LIMIT,
+    Page,
+    choose,
+    explore,
+    export,
+    pack,
+    picture,
+    show,
+    token_at,
+    unpack,
+    weights_of,
+)
+
+__all__ = [
+    "FRAME",
+    "LIMIT",
+    "Page",
+    "choose",
+    "explore",
+    "export",
+    "pack",
+    "picture",
+    "show",
+    "token_at",
+    "unpack",
+    "weights_of",
+]
