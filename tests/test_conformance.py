@@ -4,14 +4,9 @@ It makes the layer, takes its configuration and the serialized layer round trip,
 it on symbols and on numbers, trains it for a step, and computes in half precision.
 """
 
-import keras
-import numpy as np
 import pytest
-from conftest import run, to_numpy
-from keras.src.testing import TestCase
 
 import gcvit
-from gcvit import fast
 
 pytestmark = pytest.mark.numerics
 
