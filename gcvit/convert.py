@@ -1,6 +1,8 @@
 """Chapter 13: checkpoints from one implementation's names to another's."""
 
 import dataclasses
+import json
+import math
 import os
 import re
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from gcvit import readers
 from gcvit.model import GCViT
 from gcvit.presets import PRESETS
 from gcvit.pretrained import scaled_windows
@@ -71,6 +74,25 @@ def _square_window(rows):
     return (side + 1) // 2
 
 
+# The arguments that no tensor tells.
+_TOLD = (
+    "drop_rate",
+    "qk_scale",
+    "attention_dropout",
+    "path_drop",
+    "head_activation",
+    "pooling",
+)
+
+
+def _windows(rows, told):
+    """Return the windows of position tables with so many rows: those told, or square ones."""
+    windows = told.get("window_size", [None] * len(rows))
+    if [window and math.prod(2 * side - 1 for side in window) for window in windows] == rows:
+        return tuple(h if h == w else (h, w) for h, w in windows)
+    return tuple(map(_square_window, rows))
+
+
 def architecture(path):
     """Read off a checkpoint which model it belongs to.
 
@@ -78,18 +100,17 @@ def architecture(path):
         path: a file of any kind that `load_checkpoint` reads.
 
     Returns:
-        The arguments that build the model with `GCViT(**arguments)`. What a checkpoint does
-        not tell, the dropout rates, has its default; `layer_scale` is 1e-5 where the file has
+        The arguments that build the model with `GCViT(**arguments)`, as far as the file tells
+        them: its tensors tell the sizes; the rest, such as dropout rates and the activation of
+        the head, only the files of this package do. `layer_scale` is 1e-5 where the file has
         such factors, for their first value does not matter once they are loaded.
 
     Raises:
         CheckpointError: if the file is damaged, foreign, or of a model with windows that are
-            not square.
+            not square and that it does not tell.
         FileNotFoundError: if there is no such file.
     """
-    size = os.path.getsize(path) if os.path.isfile(path) else 0
-    # Weights hardly compress: what unpacks to far more than the file is not a checkpoint.
-    naming, tensors = read_tensors(path, limit=4 * size + 2_000_000)
+    naming, tensors = read_tensors(path)
     found = _telling_shapes({name: t.shape for name, t in tensors.items()}, naming)
     if not found["stem"] or not found["table"] or len(found["table"]) != len(found["hidden"]):
         raise CheckpointError(
@@ -105,8 +126,10 @@ def architecture(path):
     in_channels, embed_dim = stem[2:] if naming == "release" else (stem[1], stem[0])
     level, _ = next(iter(found["hidden"]))
     hidden_units = hidden[1] if naming == "release" else hidden[0]
+    told = readers.model_config(path)
     arguments = {
-        "window_size": tuple(_square_window(shape[0]) for shape in first),
+        **{name: told[name] for name in _TOLD if name in told},
+        "window_size": _windows([shape[0] for shape in first], told),
         "embed_dim": embed_dim,
         "depths": tuple(depths),
         "num_heads": tuple(shape[1] for shape in first),
@@ -125,9 +148,10 @@ def preset_of(arguments):
     """Return the name of the preset with these sizes, or `None`.
 
     Args:
-        arguments: what `architecture` returns. Classes, colors and the top do not count.
+        arguments: what `architecture` returns. Classes, colors, the top, and what only this
+            package's files tell do not count.
     """
-    own = ("num_classes", "in_channels", "include_top")
+    own = ("num_classes", "in_channels", "include_top", *_TOLD)
     for name, preset in PRESETS.items():
         config = {"qkv_bias": True, **preset["config"]}
         if all(config[key] == value for key, value in arguments.items() if key not in own):
@@ -165,7 +189,9 @@ def convert(source, target, naming="official", dtype="float32", image_size=None,
     Args:
         source: a `.keras`, `.weights.h5`, `.safetensors` or PyTorch file.
         target: the file to write; its ending, one of `FORMATS`, says in which form. A
-            `.keras` file holds the whole model. It appears when it is whole.
+            `.keras` file holds the whole model. It appears when it is whole. From one
+            `.safetensors` file to another, what it says beside its weights, as of a
+            classifier's classes, is kept.
         naming: names in a `.safetensors` file: "official", the default, or "timm".
         dtype: "float32", the default, or "float16", for a `.safetensors` file.
         image_size: side in pixels, or (height, width), to scale the windows to; their
@@ -192,7 +218,7 @@ def convert(source, target, naming="official", dtype="float32", image_size=None,
     model, twin = _built(arguments), _built(arguments)
     report = load_checkpoint(model, source)
     bar.update(1)
-    _write(model, target, ending, naming, dtype)
+    _write(model, target, ending, naming, dtype, _notes(source, arguments, image_size))
     bar.update(2)
     load_checkpoint(twin, target)
     pairs = zip(weight_specs(model), weight_specs(twin), strict=True)
@@ -225,15 +251,26 @@ def _check_choices(target, ending, naming, dtype):
             raise ValueError(f"{name}={value!r} is for .safetensors files only; got {target}.")
 
 
+def _notes(source, arguments, image_size):
+    """Return what a `.safetensors` file says beside its weights, put right for other windows."""
+    if not source.endswith(".safetensors"):
+        return {}
+    notes = readers.training_notes(source)
+    if image_size is not None and "config" in notes:
+        config = {**json.loads(notes["config"]), "window_size": arguments["window_size"]}
+        notes |= {"config": json.dumps(config), "image_size": json.dumps(image_size)}
+    return notes
+
+
 def _built(arguments):
     model = GCViT(**arguments)
     model.build((None, None, None, model.in_channels))
     return model
 
 
-def _write(model, target, ending, naming, dtype):
+def _write(model, target, ending, naming, dtype, notes):
     if ending == ".safetensors":
-        save_safetensors(model, target, dtype=dtype, naming=naming)
+        save_safetensors(model, target, dtype=dtype, metadata=notes, naming=naming)
         return
     # Keras looks at the ending, and writes in place: give it a name of its own, then move.
     unfinished = Path(target[: -len(ending)] + f".{os.getpid()}.part{ending}")

@@ -231,7 +231,8 @@ class GCViT(PretrainedModel):
                     f"GCViT wants images of at least {SMALLEST_IMAGE} px a side; got {name} "
                     f"{side} in shape {shape}."
                 )
-        if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(dtype)):
+        dtype = keras.backend.standardize_dtype(dtype)
+        if not keras.backend.is_float_dtype(dtype):
             raise ValueError(
                 f"GCViT wants normalized images, of floating-point numbers; got {dtype}. Pass "
                 "photographs of 0 to 255 through gcvit.images.normalize."
