@@ -55,13 +55,13 @@ _TELLING = {
 
 def _telling_shapes(shapes, naming):
     """Return {kind: {(level, block): shape}} for the tensors that tell the model's sizes."""
-    found = {kind: {} for kind in _TELLING[naming]}
+    telling = {kind: {} for kind in _TELLING[naming]}
     for name, shape in shapes.items():
         for kind, pattern in _TELLING[naming].items():
             match = re.fullmatch(pattern, name)
             if match:
-                found[kind][tuple(int(number or 0) for number in match.groups())] = shape
-    return found
+                telling[kind][tuple(int(number or 0) for number in match.groups())] = shape
+    return telling
 
 
 def _square_window(rows):
@@ -111,20 +111,24 @@ def architecture(path):
         FileNotFoundError: if there is no such file.
     """
     naming, tensors = read_tensors(path)
-    found = _telling_shapes({name: t.shape for name, t in tensors.items()}, naming)
-    if not found["stem"] or not found["table"] or len(found["table"]) != len(found["hidden"]):
+    telling = _telling_shapes({name: t.shape for name, t in tensors.items()}, naming)
+    if (
+        not telling["stem"]
+        or not telling["table"]
+        or len(telling["table"]) != len(telling["hidden"])
+    ):
         raise CheckpointError(
             f"{path} does not hold a GCViT: a stem, and in each block a position table and an MLP."
         )
-    levels = 1 + max(level for level, _ in found["table"])
-    depths = [sum(level == i for level, _ in found["table"]) for i in range(levels)]
-    first = [found["table"].get((i, 0)) for i in range(levels)]
+    levels = 1 + max(level for level, _ in telling["table"])
+    depths = [sum(level == i for level, _ in telling["table"]) for i in range(levels)]
+    first = [telling["table"].get((i, 0)) for i in range(levels)]
     if None in first or any(len(shape) != 2 for shape in first):
         raise CheckpointError(f"{path} lacks the position table of some level's first block.")
-    (stem,), (hidden, *_) = found["stem"].values(), found["hidden"].values()
+    (stem,), (hidden, *_) = telling["stem"].values(), telling["hidden"].values()
     # Keras lays a convolution out as (height, width, in, out), PyTorch as (out, in, ...).
     in_channels, embed_dim = stem[2:] if naming == "release" else (stem[1], stem[0])
-    level, _ = next(iter(found["hidden"]))
+    level, _ = next(iter(telling["hidden"]))
     hidden_units = hidden[1] if naming == "release" else hidden[0]
     told = readers.model_config(path)
     arguments = {
@@ -134,12 +138,12 @@ def architecture(path):
         "depths": tuple(depths),
         "num_heads": tuple(shape[1] for shape in first),
         "mlp_ratio": hidden_units / (embed_dim * 2**level),
-        "qkv_bias": bool(found["qkv_bias"]),
-        "layer_scale": 1e-5 if found["gamma"] else None,
+        "qkv_bias": bool(telling["qkv_bias"]),
+        "layer_scale": 1e-5 if telling["gamma"] else None,
         "in_channels": in_channels,
-        "include_top": bool(found["head"]),
+        "include_top": bool(telling["head"]),
     }
-    for head in found["head"].values():
+    for head in telling["head"].values():
         arguments["num_classes"] = head[-1] if naming == "release" else head[0]
     return arguments
 
