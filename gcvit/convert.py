@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ import keras
 import numpy as np
 
 from gcvit import readers
+from gcvit.checks import pair
 from gcvit.model import GCViT
 from gcvit.presets import PRESETS
 from gcvit.pretrained import scaled_windows
@@ -87,8 +87,8 @@ _TOLD = (
 
 def _windows(rows, told):
     """Return the windows of position tables with so many rows: those told, or square ones."""
-    windows = told.get("window_size", [None] * len(rows))
-    if [window and math.prod(2 * side - 1 for side in window) for window in windows] == rows:
+    windows = [pair("window_size", window) for window in told.get("window_size", ())]
+    if [(2 * height - 1) * (2 * width - 1) for height, width in windows] == rows:
         return tuple(h if h == w else (h, w) for h, w in windows)
     return tuple(map(_square_window, rows))
 
@@ -219,7 +219,7 @@ def convert(source, target, naming="official", dtype="float32", image_size=None,
         arguments["window_size"] = scaled_windows(image_size)
     bar = keras.utils.Progbar(3, unit_name="step", verbose=int(progress))
     bar.update(0)
-    model, twin = _built(arguments), _built(arguments)
+    model, twin = _built(arguments, source), _built(arguments, source)
     report = load_checkpoint(model, source)
     bar.update(1)
     _write(model, target, ending, naming, dtype, _notes(source, arguments, image_size))
@@ -266,8 +266,11 @@ def _notes(source, arguments, image_size):
     return notes
 
 
-def _built(arguments):
-    model = GCViT(**arguments)
+def _built(arguments, source):
+    try:
+        model = GCViT(**arguments)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source} tells of a model that cannot be built: {error}") from error
     model.build((None, None, None, model.in_channels))
     return model
 

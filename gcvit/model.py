@@ -127,7 +127,7 @@ class GCViT(PretrainedModel):
         ]
         self.norm = fast.LayerNormalization(epsilon=1e-5, dtype=dtype, name="norm")
         if self.pooling:
-            self.pool = layers.GlobalAveragePooling2D(dtype=dtype, name="pool")
+            self.pool = layers.GlobalAveragePooling2D("channels_last", dtype=dtype, name="pool")
         if self.include_top:
             # Probabilities of a thousand classes need more digits than half precision has.
             half = dtype.compute_dtype in ("float16", "bfloat16")

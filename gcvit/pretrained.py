@@ -142,6 +142,8 @@ class PretrainedModel(keras.Model):
 
     def get_build_config(self):
         """Return the shape to build for, and how layers differ from new ones, for `.keras`."""
+        if not self.built:
+            return None
         shape = (None, *self.built_size, self.in_channels)
         return {"input_shape": shape, "layers": self._layer_states()}
 

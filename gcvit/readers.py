@@ -247,13 +247,13 @@ def model_config(path):
             with zipfile.ZipFile(path) as archive:
                 if "config.json" not in archive.namelist():
                     return {}
-                text = archive.read("config.json")
-                told = json.loads(text)
-                return told["config"] if told.get("registered_name") == "gcvit>GCViT" else {}
-        with open(path, "rb") as file:
-            if file.read(9)[8:] != b"{":
-                return {}
-        return json.loads(metadata(path).get("config", "{}"))
+                told = json.loads(archive.read("config.json"))
+                told = told["config"] if told.get("registered_name") == "gcvit>GCViT" else {}
+        else:
+            with open(path, "rb") as file:
+                in_header = file.read(9)[8:] == b"{"
+            told = json.loads(metadata(path).get("config", "{}")) if in_header else {}
+    return told if isinstance(told, dict) else {}
 
 
 def _read_torch(path, archive, limit):
