@@ -1,6 +1,7 @@
 """Chapter 13: checkpoints from one implementation's names to another's."""
 
 import dataclasses
+import json
 import os
 import re
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from gcvit import readers
+from gcvit.checks import pair
 from gcvit.model import GCViT
 from gcvit.presets import PRESETS
 from gcvit.pretrained import scaled_windows
@@ -52,13 +55,13 @@ _TELLING = {
 
 def _telling_shapes(shapes, naming):
     """Return {kind: {(level, block): shape}} for the tensors that tell the model's sizes."""
-    found = {kind: {} for kind in _TELLING[naming]}
+    telling = {kind: {} for kind in _TELLING[naming]}
     for name, shape in shapes.items():
         for kind, pattern in _TELLING[naming].items():
             match = re.fullmatch(pattern, name)
             if match:
-                found[kind][tuple(int(number or 0) for number in match.groups())] = shape
-    return found
+                telling[kind][tuple(int(number or 0) for number in match.groups())] = shape
+    return telling
 
 
 def _square_window(rows):
@@ -71,6 +74,25 @@ def _square_window(rows):
     return (side + 1) // 2
 
 
+# The arguments that no tensor tells.
+_TOLD = (
+    "drop_rate",
+    "qk_scale",
+    "attention_dropout",
+    "path_drop",
+    "head_activation",
+    "pooling",
+)
+
+
+def _windows(rows, told):
+    """Return the windows of position tables with so many rows: those told, or square ones."""
+    windows = [pair("window_size", window) for window in told.get("window_size", ())]
+    if [(2 * height - 1) * (2 * width - 1) for height, width in windows] == rows:
+        return tuple(h if h == w else (h, w) for h, w in windows)
+    return tuple(map(_square_window, rows))
+
+
 def architecture(path):
     """Read off a checkpoint which model it belongs to.
 
@@ -78,45 +100,50 @@ def architecture(path):
         path: a file of any kind that `load_checkpoint` reads.
 
     Returns:
-        The arguments that build the model with `GCViT(**arguments)`. What a checkpoint does
-        not tell, the dropout rates, has its default; `layer_scale` is 1e-5 where the file has
+        The arguments that build the model with `GCViT(**arguments)`, as far as the file tells
+        them: its tensors tell the sizes; the rest, such as dropout rates and the activation of
+        the head, only the files of this package do. `layer_scale` is 1e-5 where the file has
         such factors, for their first value does not matter once they are loaded.
 
     Raises:
         CheckpointError: if the file is damaged, foreign, or of a model with windows that are
-            not square.
+            not square and that it does not tell.
         FileNotFoundError: if there is no such file.
     """
-    size = os.path.getsize(path) if os.path.isfile(path) else 0
-    # Weights hardly compress: what unpacks to far more than the file is not a checkpoint.
-    naming, tensors = read_tensors(path, limit=4 * size + 2_000_000)
-    found = _telling_shapes({name: t.shape for name, t in tensors.items()}, naming)
-    if not found["stem"] or not found["table"] or len(found["table"]) != len(found["hidden"]):
+    naming, tensors = read_tensors(path)
+    telling = _telling_shapes({name: t.shape for name, t in tensors.items()}, naming)
+    if (
+        not telling["stem"]
+        or not telling["table"]
+        or len(telling["table"]) != len(telling["hidden"])
+    ):
         raise CheckpointError(
             f"{path} does not hold a GCViT: a stem, and in each block a position table and an MLP."
         )
-    levels = 1 + max(level for level, _ in found["table"])
-    depths = [sum(level == i for level, _ in found["table"]) for i in range(levels)]
-    first = [found["table"].get((i, 0)) for i in range(levels)]
+    levels = 1 + max(level for level, _ in telling["table"])
+    depths = [sum(level == i for level, _ in telling["table"]) for i in range(levels)]
+    first = [telling["table"].get((i, 0)) for i in range(levels)]
     if None in first or any(len(shape) != 2 for shape in first):
         raise CheckpointError(f"{path} lacks the position table of some level's first block.")
-    (stem,), (hidden, *_) = found["stem"].values(), found["hidden"].values()
+    (stem,), (hidden, *_) = telling["stem"].values(), telling["hidden"].values()
     # Keras lays a convolution out as (height, width, in, out), PyTorch as (out, in, ...).
     in_channels, embed_dim = stem[2:] if naming == "release" else (stem[1], stem[0])
-    level, _ = next(iter(found["hidden"]))
+    level, _ = next(iter(telling["hidden"]))
     hidden_units = hidden[1] if naming == "release" else hidden[0]
+    told = readers.model_config(path)
     arguments = {
-        "window_size": tuple(_square_window(shape[0]) for shape in first),
+        **{name: told[name] for name in _TOLD if name in told},
+        "window_size": _windows([shape[0] for shape in first], told),
         "embed_dim": embed_dim,
         "depths": tuple(depths),
         "num_heads": tuple(shape[1] for shape in first),
         "mlp_ratio": hidden_units / (embed_dim * 2**level),
-        "qkv_bias": bool(found["qkv_bias"]),
-        "layer_scale": 1e-5 if found["gamma"] else None,
+        "qkv_bias": bool(telling["qkv_bias"]),
+        "layer_scale": 1e-5 if telling["gamma"] else None,
         "in_channels": in_channels,
-        "include_top": bool(found["head"]),
+        "include_top": bool(telling["head"]),
     }
-    for head in found["head"].values():
+    for head in telling["head"].values():
         arguments["num_classes"] = head[-1] if naming == "release" else head[0]
     return arguments
 
@@ -125,9 +152,10 @@ def preset_of(arguments):
     """Return the name of the preset with these sizes, or `None`.
 
     Args:
-        arguments: what `architecture` returns. Classes, colors and the top do not count.
+        arguments: what `architecture` returns. Classes, colors, the top, and what only this
+            package's files tell do not count.
     """
-    own = ("num_classes", "in_channels", "include_top")
+    own = ("num_classes", "in_channels", "include_top", *_TOLD)
     for name, preset in PRESETS.items():
         config = {"qkv_bias": True, **preset["config"]}
         if all(config[key] == value for key, value in arguments.items() if key not in own):
@@ -165,7 +193,9 @@ def convert(source, target, naming="official", dtype="float32", image_size=None,
     Args:
         source: a `.keras`, `.weights.h5`, `.safetensors` or PyTorch file.
         target: the file to write; its ending, one of `FORMATS`, says in which form. A
-            `.keras` file holds the whole model. It appears when it is whole.
+            `.keras` file holds the whole model. It appears when it is whole. From one
+            `.safetensors` file to another, what it says beside its weights, as of a
+            classifier's classes, is kept.
         naming: names in a `.safetensors` file: "official", the default, or "timm".
         dtype: "float32", the default, or "float16", for a `.safetensors` file.
         image_size: side in pixels, or (height, width), to scale the windows to; their
@@ -189,10 +219,10 @@ def convert(source, target, naming="official", dtype="float32", image_size=None,
         arguments["window_size"] = scaled_windows(image_size)
     bar = keras.utils.Progbar(3, unit_name="step", verbose=int(progress))
     bar.update(0)
-    model, twin = _built(arguments), _built(arguments)
+    model, twin = _built(arguments, source), _built(arguments, source)
     report = load_checkpoint(model, source)
     bar.update(1)
-    _write(model, target, ending, naming, dtype)
+    _write(model, target, ending, naming, dtype, _notes(source, arguments, image_size))
     bar.update(2)
     load_checkpoint(twin, target)
     pairs = zip(weight_specs(model), weight_specs(twin), strict=True)
@@ -225,15 +255,29 @@ def _check_choices(target, ending, naming, dtype):
             raise ValueError(f"{name}={value!r} is for .safetensors files only; got {target}.")
 
 
-def _built(arguments):
-    model = GCViT(**arguments)
+def _notes(source, arguments, image_size):
+    """Return what a `.safetensors` file says beside its weights, put right for other windows."""
+    if not source.endswith(".safetensors"):
+        return {}
+    notes = readers.training_notes(source)
+    if image_size is not None and "config" in notes:
+        config = {**json.loads(notes["config"]), "window_size": arguments["window_size"]}
+        notes |= {"config": json.dumps(config), "image_size": json.dumps(image_size)}
+    return notes
+
+
+def _built(arguments, source):
+    try:
+        model = GCViT(**arguments)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source} tells of a model that cannot be built: {error}") from error
     model.build((None, None, None, model.in_channels))
     return model
 
 
-def _write(model, target, ending, naming, dtype):
+def _write(model, target, ending, naming, dtype, notes):
     if ending == ".safetensors":
-        save_safetensors(model, target, dtype=dtype, naming=naming)
+        save_safetensors(model, target, dtype=dtype, metadata=notes, naming=naming)
         return
     # Keras looks at the ending, and writes in place: give it a name of its own, then move.
     unfinished = Path(target[: -len(ending)] + f".{os.getpid()}.part{ending}")

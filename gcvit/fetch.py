@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -34,6 +35,17 @@ def cache_folders(name):
     return [home / name, Path(tempfile.gettempdir()) / ".keras" / name]
 
 
+def mirrored(url):
+    """Return an address at huggingface.co as `HF_ENDPOINT`, where it is set, has it.
+
+    The variable names a mirror, as it does for Hugging Face's own library.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    if not endpoint:
+        return url
+    return re.sub(r"^https://huggingface\.co(?=/)", lambda _: endpoint, url)
+
+
 def fetch(url, size=None, sha256=None, name=None, folder="models", timeout=TIMEOUT):
     """Return the path of a file in the cache, fetched once, with a progress bar.
 
@@ -41,7 +53,7 @@ def fetch(url, size=None, sha256=None, name=None, folder="models", timeout=TIMEO
     size and hash are checked, and it is moved. Two processes may fetch it at once.
 
     Args:
-        url: where it is.
+        url: where it is. What is at huggingface.co comes from `HF_ENDPOINT` where that is set.
         size: its size in bytes, if known.
         sha256: its hash, if known.
         name: its name in the cache; default `None`: the last part of `url`.
@@ -52,6 +64,7 @@ def fetch(url, size=None, sha256=None, name=None, folder="models", timeout=TIMEO
         FetchError: if it cannot be had, or is not what was expected.
     """
     name = name or url.rsplit("/", 1)[-1]
+    url = mirrored(url)
     places = cache_folders(folder)
     for place in places:
         path = place / name

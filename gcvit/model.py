@@ -127,7 +127,7 @@ class GCViT(PretrainedModel):
         ]
         self.norm = fast.LayerNormalization(epsilon=1e-5, dtype=dtype, name="norm")
         if self.pooling:
-            self.pool = layers.GlobalAveragePooling2D(dtype=dtype, name="pool")
+            self.pool = layers.GlobalAveragePooling2D("channels_last", dtype=dtype, name="pool")
         if self.include_top:
             # Probabilities of a thousand classes need more digits than half precision has.
             half = dtype.compute_dtype in ("float16", "bfloat16")
@@ -232,7 +232,8 @@ class GCViT(PretrainedModel):
                     f"GCViT wants images of at least {SMALLEST_IMAGE} px a side; got {name} "
                     f"{side} in shape {shape}."
                 )
-        if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(dtype)):
+        dtype = keras.backend.standardize_dtype(dtype)
+        if not keras.backend.is_float_dtype(dtype):
             raise ValueError(
                 f"GCViT wants normalized images, of floating-point numbers; got {dtype}. Pass "
                 "photographs of 0 to 255 through gcvit.images.normalize."

@@ -1,6 +1,8 @@
 """Chapter 7: what a model does besides computing: presets, files, and leaving Keras."""
 
+import contextlib
 import difflib
+import os
 import warnings
 
 import keras
@@ -140,6 +142,8 @@ class PretrainedModel(keras.Model):
 
     def get_build_config(self):
         """Return the shape to build for, and how layers differ from new ones, for `.keras`."""
+        if not self.built:
+            return None
         shape = (None, *self.built_size, self.in_channels)
         return {"input_shape": shape, "layers": self._layer_states()}
 
@@ -151,7 +155,8 @@ class PretrainedModel(keras.Model):
             if getattr(layer, "lora_enabled", False):
                 state["lora"] = [layer.lora_rank, layer.lora_alpha]
             if getattr(layer, "quantization_mode", None):
-                state["quantized"] = layer.quantization_mode
+                config = keras.saving.serialize_keras_object(layer.quantization_config)
+                state["quantized"] = config
             if not layer.trainable:
                 state["frozen"] = True
             if state:
@@ -166,8 +171,25 @@ class PretrainedModel(keras.Model):
             if "lora" in state:
                 layer.enable_lora(state["lora"][0], lora_alpha=state["lora"][1])
             if "quantized" in state:
-                layer.quantize(state["quantized"], type_check=False)
+                config = keras.saving.deserialize_keras_object(state["quantized"])
+                layer.quantize(config=config, type_check=False)
             layer.trainable = "frozen" not in state
+
+    def save(self, filepath, *args, **kwargs):
+        """Write the model: see `keras.Model.save`.
+
+        Frozen layers, LoRA adapters (merged, and started anew), quantized layers and the
+        optimizer's state are in the file too.
+
+        Raises:
+            ValueError: for Keras's old `.h5`, which cannot be read back, before it is written.
+        """
+        if os.fspath(filepath).endswith((".h5", ".hdf5")):
+            raise ValueError(
+                f"A GCViT is saved as .keras, or its weights as .weights.h5; got {filepath}, the "
+                "old form that keeps no class of one's own."
+            )
+        super().save(filepath, *args, **kwargs)
 
     def save_weights(self, filepath, *args, **kwargs):
         """Write the weights: see `keras.Model.save_weights`. LoRA adapters are merged.
@@ -178,7 +200,7 @@ class PretrainedModel(keras.Model):
         checkpoints.weight_specs(self)
         super().save_weights(filepath, *args, **kwargs)
 
-    def quantize(self, mode="int8", config=None, filters=None, **kwargs):
+    def quantize(self, mode="int8", config=None, filters=None, type_check=False):
         """Quantize the dense layers to eight bits: see `keras.Model.quantize`.
 
         Weights are rounded once, a scale for each output; what comes in is rounded in each
@@ -186,23 +208,26 @@ class PretrainedModel(keras.Model):
 
         Args:
             mode: "int8", the default and the only one.
-            config: none of Keras's configurations; taken so that it is refused by name.
+            config: a `keras.quantizers.Int8QuantizationConfig`; default: Keras's own choice.
             filters: which layers; see `keras.Model.quantize`.
-            **kwargs: none.
+            type_check: without effect: see `keras.Model.quantize`.
 
         Raises:
-            ValueError: for another mode or a configuration, before anything is changed.
+            ValueError: for another mode, or a model that computes in half precision, before
+                anything is changed.
         """
-        if mode != "int8" or config is not None or kwargs:
+        if mode != "int8":
+            raise ValueError(f'A GCViT is quantized by model.quantize("int8"); got {mode!r}.')
+        if self.compute_dtype != "float32":
             raise ValueError(
-                'A GCViT is quantized by model.quantize("int8"), with Keras\'s own quantizers; '
-                f"got mode={mode!r}, config={config!r}{''.join(f', {name}' for name in kwargs)}."
+                f"A GCViT is quantized from float32; this one computes in {self.compute_dtype}. "
+                "Build it without dtype, read the weights, then quantize."
             )
         with warnings.catch_warnings():
             # Keras warns of each layer that has no eight bits, two hundred in the smallest model.
             warnings.filterwarnings("ignore", message=".*quantize")
             # The layers of `fast` have the weights of Keras's own: no need to check the class.
-            super().quantize("int8", filters=filters, type_check=False)
+            super().quantize(mode, config=config, filters=filters, type_check=False)
 
     # Other forms of the model.
 
@@ -219,6 +244,33 @@ class PretrainedModel(keras.Model):
         images = keras.Input(shape=input_shape)
         return keras.Model(images, self.call(images), name=self.name)
 
+    def _ends(self):
+        """Return input and output of the model as a graph, made once, as tensors of Keras."""
+        if "_graph_ends" not in vars(self):
+            graph = self.build_graph()
+            # Not by setattr: Keras would take what hangs on it for parts of the model.
+            vars(self)["_graph_ends"] = graph.input, graph.output
+        return vars(self)["_graph_ends"]
+
+    @property
+    def input(self):
+        """What the model takes, as in `keras.applications`: a base for a functional model."""
+        return self._ends()[0]
+
+    @property
+    def output(self):
+        """What the model gives for `input`."""
+        return self._ends()[1]
+
+    def __getattr__(self, name):
+        # Not properties: Keras looks at all of a model's when it saves it.
+        if name in ("inputs", "outputs") and self.__dict__.get("built"):
+            return [self.input if name == "inputs" else self.output]
+        inherited = getattr(super(), "__getattr__", None)  # PyTorch's modules have one
+        if inherited is not None:
+            return inherited(name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def summary(self, input_shape=None, **kwargs):
         """Print a table of the layers with output shapes and parameters.
 
@@ -233,7 +285,8 @@ class PretrainedModel(keras.Model):
 
         ONNX is written by PyTorch's own exporter, for images of the size that the model was
         built for, in batches of any size: what Keras calls for it on TensorFlow lacks an
-        operation of the exact GELU.
+        operation of the exact GELU. LiteRT is written on TensorFlow, in operations that every
+        runtime of it has.
 
         Args:
             filepath: the file or folder to write.
@@ -241,13 +294,16 @@ class PretrainedModel(keras.Model):
             **kwargs: what `keras.Model.export` takes; for "onnx", what `torch.onnx.export` does.
 
         Raises:
-            ValueError: for "onnx" on another backend than PyTorch.
+            ValueError: for "onnx" on another backend than PyTorch, and for "litert" of a model
+                that takes more operations than LiteRT has. Nothing is written.
         """
         if format == "onnx":
             return _export_onnx(self, filepath, **kwargs)
         # Keras would take the shape of the last call, and refuse where there was none.
         shape = (None, *self.built_size, self.in_channels)
         given = {"input_signature": [keras.InputSpec(shape=shape, dtype="float32")], **kwargs}
+        if format == "litert" and keras.backend.backend() == "tensorflow":
+            return _export_litert(self, super().export, filepath, **given)
         return super().export(filepath, format=format, **given)
 
 
@@ -267,6 +323,41 @@ def _export_onnx(model, filepath, **kwargs):
     torch.onnx.export(
         model.eval(), (images,), filepath, dynamo=True, dynamic_shapes=((batch,),), **kwargs
     )
+
+
+def _export_litert(model, export, filepath, **kwargs):
+    import tensorflow as tf
+
+    kwargs.setdefault("target_spec", {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]})
+    with _with_gelu_of_tensorflow(model):
+        try:
+            export(filepath, format="litert", **kwargs)
+        except Exception as error:
+            raise ValueError(
+                "LiteRT has no operation of its own for some part of this model: export it in "
+                'float32, or as format="tf_saved_model".'
+            ) from error
+
+
+@contextlib.contextmanager
+def _with_gelu_of_tensorflow(model):
+    """Let activations compute the exact GELU as LiteRT recognizes it, while a block lasts.
+
+    Keras writes it with erfc and `fast` with erf, neither of which LiteRT has.
+    """
+    import tensorflow as tf
+
+    exact = keras.activations.gelu
+    having = [
+        layer for layer in model._flatten_layers() if getattr(layer, "activation", None) is exact
+    ]
+    try:
+        for layer in having:
+            layer.activation = lambda x: tf.nn.gelu(x, approximate=False)
+        yield
+    finally:
+        for layer in having:
+            layer.activation = exact
 
 
 def _source(preset, weights):

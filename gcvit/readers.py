@@ -50,14 +50,15 @@ class Tensor:
     read: object
 
 
-def read(path, limit):
+def read(path, limit=None):
     """Return a checkpoint's tensors, {name: `Tensor`}.
 
     Args:
         path: a `.keras` archive, a `.weights.h5`, `.safetensors` or PyTorch file, the index
             of one that was written in parts (`.weights.json`, `.safetensors.index.json`), or
             the folder that one of these is unpacked in.
-        limit: bytes that the file may unpack to.
+        limit: bytes that the file may unpack to. Default `None`: four times its own. Weights
+            hardly compress: what unpacks to far more is no checkpoint.
 
     Raises:
         CheckpointError: if the file is damaged, of no kind that is read, or larger than the
@@ -75,6 +76,7 @@ def read(path, limit):
 
 def _read_whole(path, start, limit):
     """Read a file that holds its tensors itself, by the bytes that it starts with."""
+    limit = limit or 4 * os.path.getsize(path) + 2_000_000
     if start.startswith(b"PK"):
         return _read_zip(path, limit)
     if start.startswith(b"\x89HDF"):
@@ -235,19 +237,23 @@ def _read_zip(path, limit):
 
 
 def model_config(path):
-    """Return the configuration of the model in a `.keras` archive, as a dict, or `None`.
+    """Return what a file of this package says of its model's arguments, as a dict.
 
-    Args:
-        path: a file of any kind.
+    A `.keras` archive does, and the `.safetensors` of a classifier; the dict is empty for others.
     """
-    if not zipfile.is_zipfile(path):
-        return None
-    with zipfile.ZipFile(path) as archive:
-        if "config.json" not in archive.namelist():
-            return None
-        if archive.getinfo("config.json").file_size > 2_000_000:
-            return None
-        return json.loads(archive.read("config.json"))
+    path = _file_in(os.fspath(path))
+    with naming_the_file(path):
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if "config.json" not in archive.namelist():
+                    return {}
+                told = json.loads(archive.read("config.json"))
+                told = told["config"] if told.get("registered_name") == "gcvit>GCViT" else {}
+        else:
+            with open(path, "rb") as file:
+                in_header = file.read(9)[8:] == b"{"
+            told = json.loads(metadata(path).get("config", "{}")) if in_header else {}
+    return told if isinstance(told, dict) else {}
 
 
 def _read_torch(path, archive, limit):
@@ -362,7 +368,7 @@ def with_digest(tensors, metadata=None):
 
 
 def _read_index(path, limit):
-    _check_size(f"{path} takes", os.path.getsize(path), limit)
+    _check_size(f"{path} takes", os.path.getsize(path), limit or 100_000_000)
     index = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
         raise CheckpointError(
@@ -381,7 +387,7 @@ def _read_index(path, limit):
                 "checkpoint's files into one folder."
             )
         total += os.path.getsize(part)
-        _check_size(f"{path} and its parts take", total, limit)
+        _check_size(f"{path} and its parts take", total, limit or total)
         with naming_the_file(part), open(part, "rb") as file:
             tensors |= _read_whole(part, file.read(9), limit)
     return tensors

@@ -283,12 +283,12 @@ def _unwrapped(tensors, path):
     return {names[name]: tensor for name, tensor in tensors.items()}
 
 
-def read_tensors(path, limit):
+def read_tensors(path, limit=None):
     """Read the names and shapes of a checkpoint's tensors, their values when asked for.
 
     Args:
         path: a file of any kind that `load_checkpoint` reads.
-        limit: bytes that the file may unpack to.
+        limit: see `readers.read`.
 
     Returns:
         Whose names they are, "release", "official" or "timm", and a dict from name to a

@@ -1,3 +1,4 @@
+import json
 import os
 
 import keras
@@ -7,6 +8,7 @@ from conftest import FIXTURES, SMALL, run, same_weights, small_model, state_of, 
 
 from gcvit import PRESETS, CheckpointError, GCViT, load_checkpoint
 from gcvit.convert import architecture, convert, preset_of
+from gcvit.readers import training_notes
 from gcvit.weights import PACKAGED, read_tensors, save_safetensors
 
 RELEASE = FIXTURES / "release_layout_small.keras"
@@ -19,10 +21,12 @@ def sizes(arguments):
 
 def test_sizes_are_read_off_each_kind_of_file(timm_file, official_file):
     for path in (timm_file, official_file, RELEASE):
-        found = architecture(path)
-        assert sizes(found) == SMALL
-        assert found["layer_scale"] is None and found["qkv_bias"] and found["include_top"]
-        assert found["in_channels"] == 3 and preset_of(found) is None
+        arguments = architecture(path)
+        assert sizes(arguments) == SMALL
+        assert (
+            arguments["layer_scale"] is None and arguments["qkv_bias"] and arguments["include_top"]
+        )
+        assert arguments["in_channels"] == 3 and preset_of(arguments) is None
 
 
 def test_unusual_sizes_are_read_off_too(tmp_path):
@@ -32,9 +36,11 @@ def test_unusual_sizes_are_read_off_too(tmp_path):
     save_safetensors(model, tmp_path / "official.safetensors")
     save_safetensors(model, tmp_path / "timm.safetensors", naming="timm")
     for name in ("m.weights.h5", "official.safetensors", "timm.safetensors"):
-        found = architecture(tmp_path / name)
-        assert sizes(found) == ODD
-        assert found["layer_scale"] and not found["qkv_bias"] and found["in_channels"] == 1
+        arguments = architecture(tmp_path / name)
+        assert sizes(arguments) == ODD
+        assert (
+            arguments["layer_scale"] and not arguments["qkv_bias"] and arguments["in_channels"] == 1
+        )
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -123,3 +129,20 @@ def test_a_hash_that_does_not_match_is_refused(official_file):
     with pytest.raises(CheckpointError, match="00 was expected"):
         load_checkpoint(model, official_file, sha256="00")
     assert same_weights(model, before)
+
+
+def test_what_only_the_file_tells_is_kept(tmp_path):
+    """Windows that are not square, the head's activation, a classifier's notes."""
+    options = {"window_size": ((2, 3), (4, 4)), "head_activation": None, "qk_scale": 0.1}
+    model = GCViT(embed_dim=8, depths=(2, 1), num_heads=(1, 2), num_classes=3, **options)
+    model.build((None, 32, 32, 3))
+    model.save(tmp_path / "m.keras")
+    arguments = architecture(tmp_path / "m.keras")
+    assert arguments["window_size"] == ((2, 3), 4) and arguments["qk_scale"] == 0.1
+    assert arguments["head_activation"] == "linear"
+    config = {name: arguments[name] for name in ("window_size", "qk_scale")}
+    notes = {"classes": "[1]", "config": json.dumps(config)}
+    save_safetensors(model, tmp_path / "a.safetensors", metadata=notes)
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", naming="timm", progress=False)
+    assert training_notes(tmp_path / "b.safetensors") == notes
+    assert architecture(tmp_path / "b.safetensors")["window_size"] == ((2, 3), 4)

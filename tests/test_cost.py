@@ -31,8 +31,8 @@ def matrix_flops(function, shape):
     traced = tf.function(function).get_concrete_function(tf.TensorSpec(shape))
     options = tf.compat.v1.profiler.ProfileOptionBuilder
     options = options(options.float_operation()).with_empty_output().build()
-    found = tf.compat.v1.profiler.profile(traced.graph, cmd="op", options=options)
-    flops, queue = 0, [found]
+    profile = tf.compat.v1.profiler.profile(traced.graph, cmd="op", options=options)
+    flops, queue = 0, [profile]
     while queue:
         node = queue.pop()
         queue += node.children
@@ -109,11 +109,11 @@ def test_a_model_as_the_backend_counts_it(size):
     model = small_model()
     counted = 2 * cost.total(cost.count(model, size))
     # In training: in predictions of one image, TensorFlow leaves it to XLA, out of sight.
-    found = matrix_flops(lambda images: model(images, training=True), (1, *size, 3))
+    measured = matrix_flops(lambda images: model(images, training=True), (1, *size, 3))
     if keras.backend.backend() == "tensorflow" and size != (224, 224):
-        assert 0.995 * counted < found < counted
+        assert 0.995 * counted < measured < counted
     else:
-        assert found == counted
+        assert measured == counted
 
 
 @pytest.mark.numerics
@@ -151,8 +151,8 @@ def test_published_gflops(name):
 
 def test_cost_is_linear_in_pixels_with_windows_kept_and_not_with_windows_scaled():
     config = PRESETS["gcvit_xxtiny"]["config"]
-    kept = GCViT(**config)
-    per_pixel = [cost.total(cost.count(kept, size)) / size**2 for size in (224, 448, 896, 1792)]
+    fixed = GCViT(**config)
+    per_pixel = [cost.total(cost.count(fixed, size)) / size**2 for size in (224, 448, 896, 1792)]
     np.testing.assert_allclose(per_pixel, per_pixel[0], rtol=2e-3)
 
     def scaled(size):

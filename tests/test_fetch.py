@@ -107,6 +107,14 @@ def test_what_goes_wrong_is_said_and_leaves_the_next_run_working(server, kind, m
     assert good(server) == CONTENT
 
 
+def test_a_mirror_of_hugging_face_is_used(server, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/")
+    path = fetch("https://huggingface.co/good/file.bin", size=len(CONTENT), sha256=SHA256)
+    assert path.read_bytes() == CONTENT
+    assert server.requests == ["/good/file.bin"]
+    assert good(server) == CONTENT  # other addresses stay
+
+
 def test_another_size_than_expected_is_refused(server):
     with pytest.raises(FetchError, match="offers 512,000 bytes; 600,000 were expected"):
         fetch(f"{server.url}/good/file.bin", size=600_000)

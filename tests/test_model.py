@@ -1,5 +1,11 @@
 import contextlib
 import io
+import os
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 from unittest import mock
 
 import keras
@@ -7,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import run, run_features, slow_on_jax, small_model, to_numpy
 
+import gcvit
 from gcvit import PRESETS, GCViT, load_checkpoint
 from gcvit.pretrained import scaled_windows
 from gcvit.unit_blocks import reinit_glorot
@@ -122,12 +129,12 @@ def test_sizes_unknown_when_built_give_the_same(model, small_images, timm_file):
 
 @slow_on_jax
 def test_windows_scaled_to_224_px_are_the_presets(small_images):
-    kept = GCViT.from_preset("gcvit_xxtiny", weights=None)
+    original = GCViT.from_preset("gcvit_xxtiny", weights=None)
     scaled = GCViT.from_preset("gcvit_xxtiny", weights=None, image_size=224)
     assert scaled.window_size == ((7, 7), (7, 7), (14, 14), (7, 7))
-    scaled.set_weights(kept.get_weights())
+    scaled.set_weights(original.get_weights())
     images = small_images[:1]
-    np.testing.assert_array_equal(run(scaled, images), run(kept, images))
+    np.testing.assert_array_equal(run(scaled, images), run(original, images))
     assert scaled_windows((384, 512)) == ((12, 16), (12, 16), (24, 32), (12, 16))
     with pytest.raises(ValueError, match="multiples of 32; got 230 x 230 px"):
         scaled_windows(230)
@@ -368,3 +375,133 @@ def test_a_head_on_the_maps_of_a_frozen_backbone_trains():
     assert losses[-1] < 0.7 * losses[0]
     for old, new in zip(before, backbone.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+def tiny_model():
+    model = GCViT((2, 4), 8, (2, 1), (1, 2), num_classes=3)
+    model.build((None, 32, 32, 3))
+    return model
+
+
+def test_a_photograph_that_is_not_normalized_is_refused_by_name():
+    photograph = np.full((1, 32, 32, 3), 200, "uint8")
+    with pytest.raises(ValueError, match="got uint8. .* gcvit.images.normalize"):
+        tiny_model().predict(photograph, verbose=0)
+
+
+def test_to_build_what_is_built_changes_the_size_alone():
+    model = tiny_model()
+    before = model.weights
+    model.build((None, 64, 48, 3))
+    assert all(a is b for a, b in zip(before, model.weights, strict=True))
+    assert model.build_graph().input_shape == (None, 64, 48, 3)
+
+
+@slow_on_jax
+def test_it_is_a_base_as_keras_applications_are():
+    base = tiny_model()
+    images = RNG.normal(size=(2, 32, 32, 3)).astype("float32")
+    twin = keras.Model(base.inputs, base.outputs)
+    np.testing.assert_allclose(run(twin, images), run(base, images), atol=1e-6)
+    new = keras.Model(base.input, keras.layers.Dense(2)(base.output))
+    assert run(new, images).shape == (2, 2)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        base.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("preset", ["gcvit_tiny", "gcvit_large_384", "gcvit_nano"])
+def test_a_presets_first_weights_are_its_default(preset, monkeypatch):
+    asked = []
+    monkeypatch.setattr("gcvit.weights.locate", lambda entry: asked.append(entry) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        GCViT.from_preset(preset)
+    assert asked == [next(iter(PRESETS[preset]["weights"].values()))]
+
+
+@slow_on_jax
+@pytest.mark.parametrize("channels, done", [(1, "summed"), (4, "repeated and scaled")])
+def test_weights_of_three_colors_serve_others(channels, done, capsys):
+    model = GCViT.from_preset("gcvit_nano", in_channels=channels)
+    assert f"kernel is {done} for images of {channels} channels." in capsys.readouterr().out
+    first = to_numpy(model.patch_embed.proj.kernel)
+    given = to_numpy(GCViT.from_preset("gcvit_nano").patch_embed.proj.kernel)
+    expected = given.sum(axis=2, keepdims=True)
+    if channels == 4:  # the colors, the first one again, and each three quarters as strong
+        expected = given[:, :, [0, 1, 2, 0]] * 0.75
+    np.testing.assert_allclose(first, expected, atol=1e-6)
+
+
+@slow_on_jax
+def test_eight_bits_stay_near():
+    model = GCViT.from_preset("gcvit_nano")
+    images = RNG.normal(size=(4, 128, 128, 3)).astype("float32")
+    exact = run(model, images)
+    with pytest.raises(ValueError, match="got 'float8'"):
+        model.quantize("float8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.quantize("int8")
+    dense = [s for s in model._flatten_layers() if isinstance(s, keras.layers.Dense)]
+    assert all(layer.quantization_mode == "int8" for layer in dense)
+    assert 0 < np.abs(run(model, images) - exact).max() < 0.1
+
+
+def test_the_old_form_of_keras_is_refused_before_it_is_written(tmp_path):
+    with pytest.raises(ValueError, match="is saved as .keras"):
+        tiny_model().save(tmp_path / "m.h5")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="written on TensorFlow")
+def test_litert_gives_the_same(tmp_path):
+    import tensorflow as tf
+
+    model = tiny_model()
+    images = RNG.normal(size=(1, 32, 32, 3)).astype("float32")
+    model.export(tmp_path / "m.tflite", format="litert", verbose=False)
+    reader = tf.lite.Interpreter(str(tmp_path / "m.tflite"))
+    reader.allocate_tensors()
+    reader.set_tensor(reader.get_input_details()[0]["index"], images)
+    reader.invoke()
+    (given,) = (reader.get_tensor(out["index"]) for out in reader.get_output_details())
+    np.testing.assert_allclose(given, run(model, images), atol=1e-6)
+
+
+def test_importing_the_package_is_quick_and_enough_to_read_any_model():
+    """It imports no TensorFlow on JAX, and knows every class that a saved model can name."""
+    code = (
+        "import time, sys, keras; begin = time.process_time(); import gcvit; "
+        "print(time.process_time() - begin, 'tensorflow' in sys.modules, "
+        "*keras.saving.get_custom_objects())"
+    )
+    seconds, tensorflow, *known = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "KERAS_BACKEND": "jax"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert tensorflow == "False" and float(seconds) < 0.3
+    sources = (path.read_text() for path in Path(gcvit.__file__).parent.rglob("*.py"))
+    registered = r'register_keras_serializable\(package="(\w+)"\)\nclass (\w+)'
+    named = {">".join(pair) for source in sources for pair in re.findall(registered, source)}
+    assert len(named) > 15 and named <= set(known)
+    assert {name for name in known if name.startswith("gcvit>")} <= named
+
+
+@slow_on_jax
+def test_a_saved_models_optimizer_is_found_when_it_is_asked_for(tmp_path):
+    code = (
+        "import keras, gcvit; "
+        f"model = keras.models.load_model({str(tmp_path / 'm.keras')!r}); "
+        "print(type(model.optimizer).__name__, len(model.optimizer.variables))"
+    )
+    from gcvit.fine_tuning import adamw
+
+    model = tiny_model()
+    model.compile(adamw(1e-3, rates={"patch_embed": 0.5}), "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "m.keras")
+    read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    name, count = read.stdout.split()[-2:]
+    assert (name, int(count)) == ("LayerwiseAdamW", len(model.optimizer.variables))

@@ -1,9 +1,11 @@
 import io
+import json
 import os
 import zipfile
 
 import h5py
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 from conftest import (
@@ -19,7 +21,7 @@ from conftest import (
 
 from gcvit import PRESETS, CheckpointError, GCViT, load_checkpoint
 from gcvit.readers import training_notes
-from gcvit.weights import PACKAGED, save_safetensors, weight_specs
+from gcvit.weights import PACKAGED, save_safetensors, sublayers, weight_specs
 
 RELEASE = FIXTURES / "release_layout_small.keras"
 
@@ -261,3 +263,197 @@ def test_weights_saved_in_training_are_read_back(tmp_path, small_images):
     np.testing.assert_allclose(
         to_numpy(twin(small_images)), to_numpy(model(small_images)), atol=1e-6
     )
+
+
+def tiny_model(in_channels=3, **options):
+    """A model of two levels with random weights, which all show."""
+    model = GCViT((2, 4), 8, (2, 1), (1, 2), num_classes=3, in_channels=in_channels, **options)
+    model.build((None, 32, 32, in_channels))
+    draw = np.random.default_rng(len(options))
+    for spec in weight_specs(model):
+        spec.assign(draw.normal(size=spec.variable.shape))
+    return model
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def tiny_state(tiny):
+    return {
+        spec.names["official"]: np.ascontiguousarray(spec.to_torch(spec.value, "official"))
+        for spec in weight_specs(tiny)
+    }
+
+
+@pytest.fixture
+def other(tiny):
+    """The tiny model with other weights; what it had comes back afterwards."""
+    before = weights_of(tiny)
+    for variable in tiny.weights:
+        variable.assign(keras.ops.ones_like(variable))
+    yield tiny
+    for variable, value in zip(tiny.weights, before, strict=True):
+        variable.assign(value)
+
+
+def has_state(model, state):
+    return all(
+        np.array_equal(spec.to_torch(spec.value, "official"), state[spec.names["official"]])
+        for spec in weight_specs(model)
+    )
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "_orig_mod.module.", "backbone."])
+def test_names_that_a_wrapper_lengthened_are_known(prefix, tmp_path, tiny_state, other):
+    outside = "head." if prefix == "backbone." else ()  # as detectors have it
+    state = {n if n.startswith(outside) else prefix + n: v for n, v in tiny_state.items()}
+    write_safetensors(tmp_path / "m.safetensors", state)
+    load_checkpoint(other, tmp_path / "m.safetensors")
+    assert has_state(other, tiny_state)
+
+
+def test_two_models_in_one_file_are_refused(tmp_path, tiny_state, other):
+    state = {f"{who}.{n}": v for n, v in tiny_state.items() for who in ("student", "teacher")}
+    write_safetensors(tmp_path / "m.safetensors", state)
+    with pytest.raises(CheckpointError, match=r"several models \(student., teacher.\)"):
+        load_checkpoint(other, tmp_path / "m.safetensors")
+
+
+def test_a_checkpoint_in_parts_is_read_by_its_index(tmp_path, tiny_state, other):
+    names = sorted(tiny_state)
+    places = {name: f"m-{i % 2}.safetensors" for i, name in enumerate(names)}
+    for part in set(places.values()):
+        write_safetensors(tmp_path / part, {n: tiny_state[n] for n in names if places[n] == part})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for path in (index, tmp_path):  # a folder stands for the file in it
+        load_checkpoint(other, path)
+        assert has_state(other, tiny_state)
+    (tmp_path / "m-1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="lists m-1.safetensors, which is not beside it"):
+        load_checkpoint(other, index)
+    index.write_text(json.dumps({"weight_map": {"a": "../m-0.safetensors"}}))
+    with pytest.raises(CheckpointError, match="leads out of its folder"):
+        load_checkpoint(other, index)
+    index.write_text(json.dumps({"weight_map": {"a": index.name}}))
+    with pytest.raises(CheckpointError, match="of a kind that is not supported"):
+        load_checkpoint(other, index)
+
+
+def test_bfloat16_is_read(tmp_path, tiny_state, other):
+    half = {name: value.astype(ml_dtypes.bfloat16) for name, value in tiny_state.items()}
+    write_safetensors(tmp_path / "m.safetensors", half)
+    load_checkpoint(other, tmp_path / "m.safetensors")
+    assert has_state(other, {name: value.astype("float32") for name, value in half.items()})
+
+
+@pytest.mark.parametrize("container", ["state_dict", "model", "state_dict_ema", "model_ema"])
+def test_containers_of_training_scripts_are_known(container, tmp_path, tiny_state, other):
+    torch = pytest.importorskip("torch")
+    state = {f"module.{n}": torch.from_numpy(v) for n, v in tiny_state.items()}
+    torch.save({"epoch": 3, "optimizer": {"lr": 0.1}, container: state}, tmp_path / "m.pth")
+    load_checkpoint(other, tmp_path / "m.pth")
+    assert has_state(other, tiny_state)
+
+
+def test_what_pytorch_will_not_unpack_is_said_in_words_of_our_own(tmp_path, tiny_state, other):
+    torch = pytest.importorskip("torch")
+    state = {name: torch.from_numpy(value) for name, value in tiny_state.items()}
+    torch.save({"model": state, "best": np.float64(0.9)}, tmp_path / "m.pth")
+    with pytest.raises(CheckpointError) as refused:
+        load_checkpoint(other, tmp_path / "m.pth")
+    assert "torch.save(model.state_dict(), path)" in str(refused.value)
+    assert "weights_only" not in str(refused.value) and "numpy" in str(refused.value)
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match="TorchScript program, a kind that is not supported"):
+        load_checkpoint(other, tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "is damaged: it is empty"),
+        (b"\x89HDF\r\n\x1a\n" + b"0" * 99, "is damaged, as by a download that broke off"),
+        (b"ONNX and others", "of a kind that is not supported: it starts with 'ONNX and '"),
+        (b"\x80\x02}q\x00.", "is a pickle, a kind that is not supported"),
+        (b"<html>Log in</html>", "is a web page"),
+        (b'{"epoch": 3}', "not supported: JSON without the weight_map"),
+        (None, "There is no checkpoint file at .* a relative one starts in"),
+    ],
+)
+def test_each_way_not_to_be_a_checkpoint_has_a_sentence(data, message, tmp_path, other):
+    if data is not None:
+        (tmp_path / "m").write_bytes(data)
+    before = weights_of(other)
+    with pytest.raises(FileNotFoundError if data is None else CheckpointError, match=message):
+        load_checkpoint(other, tmp_path / "m")
+    assert same_weights(other, before)
+
+
+def test_a_quantized_model_takes_and_gives_no_plain_weights(tmp_path, tiny):
+    model = tiny_model()
+    tiny.save_weights(tmp_path / "plain.weights.h5")
+    model.quantize("int8")
+    before = weights_of(model)
+    with pytest.raises(CheckpointError, match="The model is quantized .* before you quantize"):
+        model.load_weights(tmp_path / "plain.weights.h5")
+    assert same_weights(model, before)
+    model.save(tmp_path / "m.keras")
+    with pytest.raises(CheckpointError, match="the weights are quantized"):
+        tiny.load_weights(tmp_path / "m.keras")
+
+
+def test_an_adapter_starts_anew_on_what_is_read(tmp_path, tiny_state, other):
+    write_safetensors(tmp_path / "m.safetensors", tiny_state)
+    model = tiny_model()
+    layers = [layer for path, _, layer in sublayers(model) if path.endswith("qkv")]
+    for layer in layers:
+        layer.enable_lora(2)
+        layer.lora_kernel_b.assign(1.0 + layer.lora_kernel_b)
+    assert not has_state(model, tiny_state)
+    load_checkpoint(model, tmp_path / "m.safetensors")
+    assert has_state(model, tiny_state)
+    assert all(np.any(to_numpy(layer.lora_kernel_a)) for layer in layers)  # it can learn
+
+
+def test_the_state_of_another_optimizer_is_refused_before_anything_is_assigned(tmp_path, other):
+    model = tiny_model()
+    model.levels[0].trainable = False
+    for m in (model, other):
+        m.compile("adam", "mse")
+        m.optimizer.build(m.trainable_variables)
+    model.save_weights(tmp_path / "m.weights.h5")
+    before = weights_of(other)
+    with pytest.raises(CheckpointError, match="the state of another optimizer"):
+        other.load_weights(tmp_path / "m.weights.h5")
+    assert same_weights(other, before)
+
+
+@pytest.mark.parametrize("value, message", [(np.nan, "not finite"), (1e5, "above 65504")])
+def test_weights_that_a_file_cannot_hold_are_not_written(value, message, tmp_path, other):
+    other.norm.gamma.assign(np.full(16, value))
+    with pytest.raises(CheckpointError, match=f"norm.weight cannot be written .* {message}"):
+        save_safetensors(other, tmp_path / "m.safetensors", dtype="float16")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_first_kernel_is_fitted_to_other_colors_when_asked_for(tmp_path, tiny_state):
+    write_safetensors(tmp_path / "m.safetensors", tiny_state)
+    gray = np.random.default_rng(0).normal(size=(1, 32, 32, 1)).astype("float32")
+    colors = {1: gray, 6: np.repeat(gray, 6, axis=-1)}
+    expected = run(_with_state(tiny_model(), tmp_path), np.repeat(gray, 3, axis=-1))
+    for channels, images in colors.items():
+        model = tiny_model(in_channels=channels)
+        with pytest.raises(CheckpointError, match=r"proj.weight .* recolor=True"):
+            load_checkpoint(model, tmp_path / "m.safetensors")
+        report = load_checkpoint(model, tmp_path / "m.safetensors", recolor=True)
+        assert report.recolored == "patch_embed.proj.weight"
+        np.testing.assert_allclose(run(model, images), expected, atol=1e-5)
+
+
+def _with_state(model, folder):
+    load_checkpoint(model, folder / "m.safetensors")
+    return model

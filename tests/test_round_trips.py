@@ -1,0 +1,185 @@
+"""What is written is read back in a fresh process, the same numbers, or refused when written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+
+import gcvit
+from gcvit.weights import load_checkpoint, save_safetensors, sublayers, weight_specs
+
+
+def adapted(model):
+    for path, _, layer in sublayers(model):
+        if path.endswith(("qkv", "fc1")):
+            layer.enable_lora(2)
+            layer.lora_kernel_b.assign(0.2 + layer.lora_kernel_b)
+
+
+def frozen(model):
+    model.levels[0].trainable = False
+    trained(model)
+
+
+def trained(model):
+    model.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=True)
+    images = images_for(model)
+    model.train_on_batch(images, np.zeros(model.compute_output_shape(images.shape)))
+
+
+def quantized(model):
+    model.quantize("int8")
+
+
+CASES = {
+    "as it is": ({}, None),
+    "one channel": ({"in_channels": 1}, None),
+    "four channels": ({"in_channels": 4}, None),
+    "bfloat16": ({"dtype": "bfloat16"}, None),
+    "mixed_float16": ({"dtype": "mixed_float16"}, None),
+    "no top": ({"include_top": False}, None),
+    "no pooling": ({"include_top": False, "pooling": None}, None),
+    "layer scale": ({"layer_scale": 0.5, "qk_scale": 0.1, "qkv_bias": False}, None),
+    "logits": ({"head_activation": None, "drop_rate": 0.2}, None),
+    "windows": ({"window_size": ((3, 5), 4)}, None),
+    "LoRA": ({}, adapted),
+    "frozen": ({}, frozen),
+    "trained": ({}, trained),
+    "quantized": ({}, quantized),
+}
+"""What a user can set, and do to a model after it is built."""
+
+REFUSED = {(case, form) for case in ["quantized"] for form in ("h5", "shards", "safetensors")}
+
+
+def images_for(model):
+    shape = (2, 32, 48, model.in_channels)
+    return np.random.default_rng(1).normal(size=shape).astype("float32")
+
+
+def output_of(model):
+    return keras.ops.convert_to_numpy(model(images_for(model))).astype("float32")
+
+
+def optimizer_of(model):
+    state = model.optimizer.variables if model.compiled else []
+    return [keras.ops.convert_to_numpy(variable) for variable in state]
+
+
+def built(config, seed=0):
+    model = gcvit.GCViT.from_config(config)
+    model.build((None, 32, 48, model.in_channels))
+    draw = np.random.default_rng(seed)
+    for spec in weight_specs(model):  # zeros and ones would not show a mix-up
+        spec.assign(draw.normal(size=spec.variable.shape) * 0.3)
+    return model
+
+
+# A form: the ending of its files, how to write it, and how to read it; `model` is a new one.
+
+
+def write_classifier(model, path):
+    from gcvit.fine_tuning import save_classifier
+
+    save_classifier(path, model, ["a", "b", "c"], (32, 48))
+
+
+def read_classifier(path, _):
+    from gcvit.fine_tuning import load_classifier
+
+    return load_classifier(path).model
+
+
+def read_weights(path, model):
+    model.load_weights(path)
+    return model
+
+
+def read_checkpoint(path, model):
+    load_checkpoint(model, path)
+    return model
+
+
+FORMS = {
+    "h5": (".weights.h5", lambda m, path: m.save_weights(path), read_weights),
+    "shards": (
+        ".weights.json",
+        lambda m, path: m.save_weights(path, max_shard_size=2e-5),
+        read_weights,
+    ),
+    "keras": (
+        ".keras",
+        lambda m, path: m.save(path),
+        lambda path, _: keras.models.load_model(path),
+    ),
+    "safetensors": (".safetensors", save_safetensors, read_checkpoint),
+    "classifier": (".classifier.safetensors", write_classifier, read_classifier),
+}
+
+
+def applies(case, form):
+    """A classifier has a head, and takes photographs of three colors."""
+    return form != "classifier" or case not in (
+        "one channel",
+        "four channels",
+        "no top",
+        "no pooling",
+        "quantized",
+    )
+
+
+def read_all(folder):
+    """Run in a fresh process: read every file of the folder, write what its model computes."""
+    cases = json.loads((folder / "cases.json").read_text())
+    for case, files in cases["files"].items():
+        model = built(cases["configs"][case], seed=1)  # other weights than those written
+        for form, name in files.items():
+            read = FORMS[form][2](folder / name, model)
+            state = optimizer_of(read) if form == "keras" else []
+            np.savez(folder / f"{name}.npz", output_of(read), *state)
+
+
+def in_a_fresh_process(folder):
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path;"
+        f" import test_round_trips; test_round_trips.read_all(Path({str(folder)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_every_form_of_every_model_is_read_back_or_refused_when_written(tmp_path):
+    files, configs, expected, refused = {}, {}, {}, {}
+    for case, (options, change) in CASES.items():
+        options = {"window_size": (2, 4), "path_drop": 0.0, **options}
+        config = {"embed_dim": 8, "depths": (2, 1), "num_heads": (1, 2), "num_classes": 3}
+        model = built({**config, **options})
+        configs[case], files[case] = model.get_config(), {}
+        if change is not None:
+            change(model)
+        expected[case] = [output_of(model), *optimizer_of(model)]
+        for form, (ending, write, _) in FORMS.items():
+            if not applies(case, form):
+                continue
+            name = case.replace(" ", "-") + ending
+            try:
+                write(model, tmp_path / name)
+                files[case][form] = name
+            except ValueError as error:
+                refused[case, form] = str(error)
+                assert not any(path.name.startswith(name) for path in tmp_path.iterdir())
+    (tmp_path / "cases.json").write_text(json.dumps({"files": files, "configs": configs}))
+    in_a_fresh_process(tmp_path)
+    for case, named in files.items():
+        for form, name in named.items():
+            given = np.load(tmp_path / f"{name}.npz")
+            wanted = expected[case] if form == "keras" else expected[case][:1]
+            for key, value in zip(given.files, wanted, strict=True):
+                np.testing.assert_allclose(given[key], value, atol=1e-6, err_msg=name)
+        row = ("equal" if f in named else "refused" * ((case, f) in refused) for f in FORMS)
+        print(f"{case:15}", *(f"{cell or '-':12}" for cell in row))
+    assert set(refused) == REFUSED
+    assert all("quantized" in text for text in refused.values())
