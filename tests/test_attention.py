@@ -106,8 +106,3 @@ def test_relative_position_index_of_a_2x2_window():
 def test_what_does_not_fit_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_config_round_trip():
-    layer = WindowAttention((3, 4), 2, True, qk_scale=0.5)
-    assert WindowAttention.from_config(layer.get_config()).get_config() == layer.get_config()

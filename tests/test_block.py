@@ -161,8 +161,3 @@ def test_the_day_keras_cv_cannot_be_imported(tmp_path):
 def test_what_does_not_fit_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_config_round_trip():
-    block = Block((3, 4), 2, True, layer_scale=0.1, path_drop=0.2)
-    assert Block.from_config(block.get_config()).get_config() == block.get_config()

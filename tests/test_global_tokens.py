@@ -1,4 +1,3 @@
-import keras
 import numpy as np
 import pytest
 from conftest import to_numpy
@@ -68,10 +67,3 @@ def test_resize_bicubic_by_known_numbers():
     np.testing.assert_allclose(
         matrix, [[0.5, 0.59375, -0.09375, 0], [0, -0.09375, 0.59375, 0.5]], atol=1e-6
     )
-
-
-def test_config_round_trip():
-    for layer in (FeatureExtraction(True), GlobalQueryGenerator((False, True))):
-        twin = type(layer).from_config(layer.get_config())
-        assert twin.get_config() == layer.get_config()
-        assert keras.saving.get_registered_name(type(layer)) == f"gcvit>{type(layer).__name__}"

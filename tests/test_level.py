@@ -44,8 +44,3 @@ def test_any_size_of_map(size):
 def test_one_rate_for_each_block():
     with pytest.raises(ValueError, match="each of the 3 blocks; got 2 rates"):
         Level(3, 2, 4, (False,), path_drop=[0.1, 0.2])
-
-
-def test_config_round_trip():
-    level = Level(2, 2, (4, 6), (False, True), path_drop=[0.0, 0.1])
-    assert Level.from_config(level.get_config()).get_config() == level.get_config()

@@ -91,13 +91,6 @@ def test_too_few_channels_for_a_hidden_unit():
         SqueezeAndExcitation().build((None, 4, 4, 2))
 
 
-@pytest.mark.parametrize("layer", [SqueezeAndExcitation(), ReduceSize(True), MLP(8, 4)])
-def test_config_round_trip(layer):
-    twin = type(layer).from_config(layer.get_config())
-    assert twin.get_config() == layer.get_config()
-    assert keras.saving.get_registered_name(type(layer)) == f"gcvit>{type(layer).__name__}"
-
-
 def test_random_weights_start_as_in_the_official_code():
     """Each convolution as PyTorch's own of that shape; each dense layer with deviation 0.02."""
     torch = pytest.importorskip("torch")
