@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import ops
 from scipy import stats
 
 from gcvit.attention import WindowAttention
-from gcvit.fine_tuning.recipes import WarmupCosine
-from gcvit.fine_tuning.training import make_variables
+from gcvit.fine_tuning import warmup_cosine, without_autotune
+from gcvit.fine_tuning.training import assign, values_of
 from gcvit.global_tokens import FeatureExtraction
 from gcvit.model import GCViT
 from gcvit.unit_blocks import SqueezeAndExcitation, reinit_glorot, run
@@ -55,7 +56,7 @@ def gates_of_each_place(layer, x):
     return run(layer.fc, x)
 
 
-def apart(side, part):
+def block_mask(side, part):
     """Return what keeps the parts of a window from seeing each other, added to its scores.
 
     Args:
@@ -117,7 +118,7 @@ class Switched(GCViT):
                 self._lead("zero_padding", layer, "halve", opened=zero_padding)
         for level in self.levels:
             self._lead("query", level, "q_global", closed=constant_query)
-        wall = apart(self.window_size[-1][0], self.window_size[0][0])
+        wall = block_mask(self.window_size[-1][0], self.window_size[0][0])
         for block in self.levels[-1].blocks:
             bias = block.attn.relative_position_bias
             self._lead(
@@ -180,6 +181,11 @@ def all_pairs(backgrounds, rng):
     colors = np.tile([[0, 0], [0, 1], [1, 0], [1, 1]], (backgrounds, 1))
     images = paint(np.repeat(noise(backgrounds, rng), 4, axis=0), colors)
     return images, np.int32(colors[:, 0] == colors[:, 1])
+
+
+def in_batches(images, labels, batch):
+    """Return a `tf.data.Dataset` of batches, which Keras would make with autotuning."""
+    return without_autotune(tf.data.Dataset.from_tensor_slices((images, labels)).batch(batch))
 
 
 # The runs.
@@ -260,7 +266,7 @@ class Experiment:
             **config,
         }
         self.model = self._built(Switched)
-        rate = WarmupCosine(self.design.rate, self.design.warmup, self.design.steps)
+        rate = warmup_cosine(self.design.rate, self.design.warmup, self.design.steps)
         self.model.compile(
             keras.optimizers.Adam(rate, global_clipnorm=1.0),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -268,10 +274,10 @@ class Experiment:
             steps_per_execution=self.design.every,
             jit_compile=False,
         )
-        make_variables(self.model, np.zeros(1), self.config["num_classes"])
-        self._rest = [ops.convert_to_numpy(v) for v in self.model.optimizer.variables]
+        self.model.optimizer.build(self.model.trainable_variables)
+        self._rest = values_of(self.model.optimizer.variables)
         self._starts = {}
-        self._test = all_pairs(self.design.backgrounds, np.random.default_rng(0))
+        self._test = in_batches(*all_pairs(self.design.backgrounds, np.random.default_rng(0)), 128)
 
     def _built(self, cls):
         model = cls(**self.config)
@@ -288,14 +294,9 @@ class Experiment:
             keras.utils.set_random_seed(seed)
             new = self._built(GCViT)
             reinit_glorot(new)
-            self._starts[seed] = [ops.convert_to_numpy(v) for v in new.trainable_variables]
-        optimizer = self.model.optimizer
-        for variable, value in zip(
-            [*self.model.trainable_variables, *optimizer.variables],
-            [*self._starts[seed], *self._rest],
-            strict=True,
-        ):
-            variable.assign(value)
+            self._starts[seed] = values_of(new.trainable_variables)
+        assign(self.model.trainable_variables, self._starts[seed])
+        assign(self.model.optimizer.variables, self._rest)
 
     def train(self, seed, ways=PATHWAYS, faults=()):
         """Train from a seed, with some ways open and some faults put in, and test.
@@ -310,16 +311,15 @@ class Experiment:
         self.model.switch(ways, faults)
         design, curve = self.design, _Curve()
         images, labels = examples(design.steps * design.batch, np.random.default_rng(seed + 1))
-        self.model.fit(
-            images, labels, batch_size=design.batch, shuffle=False, verbose=0, callbacks=[curve]
-        )
+        batches = in_batches(images, labels, design.batch)
+        self.model.fit(batches, shuffle=False, verbose=0, callbacks=[curve])
         return Outcome(tuple(curve.losses), *self.test(ways, faults))
 
     def test(self, ways=PATHWAYS, faults=()):
         """Return accuracy and bits on the test set, which is the same for every run."""
         self.model.switch(ways, faults)
-        found = self.model.evaluate(*self._test, batch_size=128, verbose=0, return_dict=True)
-        return found["accuracy"], 1 - found["loss"] / np.log(2)
+        numbers = self.model.evaluate(self._test, verbose=0, return_dict=True)
+        return numbers["accuracy"], 1 - numbers["loss"] / np.log(2)
 
 
 # What the runs say.

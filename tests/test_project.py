@@ -153,7 +153,7 @@ def test_imports_run_one_way():
     """A module imports only from those before it, in the order of the chapters."""
     order = ["checks", "fetch", "presets", "images", "fast", "unit_blocks", "stem"]
     order += ["global_tokens", "attention", "block", "level", "weights", "model", "convert"]
-    rooms = ["pipeline", "datasets", "training", "recipes", "classifier", "evaluation"]
+    rooms = ["datasets", "pipeline", "training", "recipes", "classifier", "evaluation"]
     order += ["cost", *(f"fine_tuning.{room}" for room in rooms), "fine_tuning"]
     order += ["figures", "explain", "explorer", "laboratory", "book"]
     for path in (ROOT / "gcvit").rglob("*.py"):
