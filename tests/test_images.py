@@ -52,7 +52,9 @@ def test_resize_is_two_matrices_and_a_box(size, crop):
     left, upper, right, lower = center_box(*image.shape[:2], size, crop)
     down = weights_along(upper, lower, image.shape[0], rows)
     across = weights_along(left, right, image.shape[1], columns)
-    expected = np.clip(np.einsum("rh,hwc,kw->rkc", down, image.astype("float64"), across), 0, 255)
+    expected = np.clip(
+        np.einsum("rh,hwc,kw->rkc", down, image.astype("float64"), across, optimize=True), 0, 255
+    )
     assert np.abs(resized - expected).max() <= 2
     np.testing.assert_array_equal(resize(image.astype("float32"), size, crop), resized)
 
@@ -124,7 +126,7 @@ def test_the_camera_s_orientation_is_applied(tmp_path, short_side):
 def test_large_photographs_are_reduced_by_a_whole_factor(tmp_path, kind):
     path = tmp_path / f"large.{kind}"
     picture(size=(400, 300)).resize((1200, 900)).save(path)
-    for short_side, height in ((None, 900), (1000, 900), (500, 900), (400, 450), (100, 100)):
+    for short_side, height in ((None, 900), (1000, 900), (500, 900), (400, 450), (225, 225)):
         read = read_photograph(path, short_side)
         assert read.shape == (height, 4 * height // 3, 3), short_side
         # What comes of it is what comes of all pixels.

@@ -71,23 +71,29 @@ def test_no_pass_waits_for_a_thread_that_tunes_the_pipeline():
 
 def test_what_an_epoch_draws_follows_from_its_number_and_the_seed():
     photos = fine_tuning.embedded_photographs(per_class=4)
-    augment = fine_tuning.rand_augment()
 
-    def epoch_of(number, seed=0):
-        batches = fine_tuning.make_dataset(photos.train, 32, 8, True, augment, seed, number)
-        return fine_tuning.mix(fine_tuning.one_hot(batches, 7), seed, number)
+    def drawn(first, last=2, seed=0):
+        def one_pass(epoch):
+            return fine_tuning.make_dataset(photos.train, 32, 8, True, seed=seed, epoch=epoch)
 
-    def drawn(batches):
-        return [images.numpy().tobytes() for images, _ in batches]
+        batches = fine_tuning.every_epoch(one_pass, first, last)
+        mixed = fine_tuning.mix(fine_tuning.one_hot(batches, 7), seed, first=4 * first)
+        return [images.numpy().tobytes() for images, _ in mixed]
 
     keras.utils.set_random_seed(0)
-    first, second = drawn(epoch_of(0)), drawn(epoch_of(1))
-    assert len(first) == 4 and not set(first) & set(second)
-    assert drawn(epoch_of(0, seed=1)) != first
-    # One epoch after another, from any of them on, whatever else was drawn.
+    both = drawn(0)
+    assert len(set(both)) == 8
+    # From a later epoch on it is the same, whatever else was drawn.
     keras.utils.set_random_seed(1)
-    assert drawn(fine_tuning.every_epoch(epoch_of, 0, 2)) == first + second
-    assert drawn(fine_tuning.every_epoch(epoch_of, 1, 2)) == second
+    assert drawn(1) == both[4:]
+    assert not set(drawn(0, 1, seed=1)) & set(both)
+
+
+def test_what_rand_augment_draws_follows_from_its_seed():
+    augment = fine_tuning.rand_augment()
+    image = tf.cast(resize(data.chelsea(), 32), "float32")
+    first, again, other = (augment(image, (0, i)).numpy() for i in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
 def test_photographs_in_memory_are_the_resized_ones_and_are_read_once():

@@ -29,7 +29,7 @@ from gcvit.fine_tuning import (
 def undistorted(monkeypatch):
     """Spare a run the augmentation, which takes TensorFlow a second to trace."""
     monkeypatch.setattr(recipes, "rand_augment", lambda strength: fine_tuning.flip)
-    monkeypatch.setattr(recipes, "mix", lambda batches, seed, epoch: batches)
+    monkeypatch.setattr(recipes, "mix", lambda batches, seed, first: batches)
 
 
 class At(keras.callbacks.Callback):

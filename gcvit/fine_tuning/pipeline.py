@@ -267,7 +267,7 @@ def one_hot(batches, classes):
     return batches.map(lambda images, labels: (images, tf.one_hot(labels, classes)))
 
 
-def mix(batches, seed=0, epoch=0):
+def mix(batches, seed=0, first=0):
     """Blend the images of two batches in three, and their labels with them.
 
     By turns, a batch is blended pixel by pixel (MixUp), gets rectangles of its other images
@@ -276,7 +276,8 @@ def mix(batches, seed=0, epoch=0):
     Args:
         batches: `tf.data.Dataset` of (images, one-hot labels).
         seed: seed of the blending; default 0.
-        epoch: see `make_dataset`.
+        first: number of the first batch, from which and the seed its blending follows;
+            default 0.
     """
     mixers = [_for_pipelines(keras.layers.MixUp(0.2)), _for_pipelines(keras.layers.CutMix(1.0))]
 
@@ -287,14 +288,13 @@ def mix(batches, seed=0, epoch=0):
 
     def blend(number, batch):
         images, labels = batch
-        # A stream of its own: the same integers also draw the augmentation.
-        drawn = _fold(_seeds(seed + 1, epoch), number)
+        drawn = _seeds(seed + 1, number)
         branches = [lambda layer=layer: apply(layer, images, labels, drawn) for layer in mixers]
         which = tf.cast(number % 3, tf.int32)
         mixed, shares = tf.switch_case(which, [*branches, lambda: (images, labels)])
         return tf.ensure_shape(mixed, images.shape), tf.ensure_shape(shares, labels.shape)
 
-    return batches.enumerate().map(blend).prefetch(tf.data.AUTOTUNE)
+    return batches.enumerate(first).map(blend).prefetch(tf.data.AUTOTUNE)
 
 
 def pad_last_batch(batches, batch_size, count):

@@ -121,13 +121,12 @@ def _steps(photos, batch_size):
 
 
 def _run(model, photos, batches, validation, settings, backup, **keeping):
-    """Return the `Run`: `batches` is a function of an epoch's number that returns its batches.
+    """Return the `Run`.
 
     A run that goes on from a backup must have the same `settings`; `keeping` is for its
     `TrainingState`.
     """
-    epochs, batch_size = settings["epochs"], settings["batch_size"]
-    steps = _steps(photos, batch_size)
+    batch_size = settings["batch_size"]
     if _distributed():
         validation = pad_last_batch(validation, batch_size, photos.validation_size)
     described = {
@@ -138,11 +137,7 @@ def _run(model, photos, batches, validation, settings, backup, **keeping):
         **settings,
     }
     state = TrainingState(model, described, backup and Path(backup) / "run.npz", **keeping)
-
-    def batches_from(first):
-        return every_epoch(lambda epoch: batches(epoch).take(steps), first, epochs)
-
-    return Run(batches_from, validation, epochs, steps, state)
+    return Run(batches, validation, settings["epochs"], _steps(photos, batch_size), state)
 
 
 def original(model, photos, image_size, epochs=5, batch_size=32, crop=1.0, backup=None, seed=0):
@@ -170,8 +165,14 @@ def original(model, photos, image_size, epochs=5, batch_size=32, crop=1.0, backu
     size = image_size, batch_size
     _compile(model, keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy")
 
-    def batches(epoch):
-        return make_dataset(photos.train, *size, train=True, seed=seed, epoch=epoch, crop=crop)
+    steps = _steps(photos, batch_size)
+
+    def one_pass(epoch):
+        batches = make_dataset(photos.train, *size, train=True, seed=seed, epoch=epoch, crop=crop)
+        return batches.take(steps)
+
+    def batches(first):
+        return every_epoch(one_pass, first, epochs)
 
     validation = make_dataset(photos.validation, *size, crop=crop)
     return _run(model, photos, batches, validation, settings, backup, leave_best=False)
@@ -209,23 +210,27 @@ def finetune(
     settings |= {"batch_size": batch_size, "crop": crop, "seed": seed}
     settings |= {"peak": peak, "layer_decay": layer_decay, "strength": strength}
     classes, size = len(photos.class_names), (image_size, batch_size)
-    steps = epochs * _steps(photos, batch_size)
+    steps = _steps(photos, batch_size)
+    tenth = epochs * steps / 10
     optimizer = adamw(
-        warmup_cosine(peak, steps // 10, steps),
+        warmup_cosine(peak, int(tenth), epochs * steps),
         rates=layer_rates(model, layer_decay),
         global_clipnorm=1.0,
         use_ema=True,
-        ema_momentum=1 - 1 / max(steps / 10, 2),  # the average spans a tenth of the run
+        ema_momentum=1 - 1 / max(tenth, 2),  # the average spans a tenth of the run
     )
     _compile(model, optimizer, keras.losses.CategoricalCrossentropy(label_smoothing=0.1))
     augment = rand_augment(strength)
 
-    def batches(epoch):
-        draws = {"seed": seed, "epoch": epoch}
-        one_pass = make_dataset(
-            photos.train, *size, train=True, augment=augment, crop=crop, **draws
+    def one_pass(epoch):
+        batches = make_dataset(
+            photos.train, *size, train=True, augment=augment, seed=seed, epoch=epoch, crop=crop
         )
-        return mix(one_hot(one_pass, classes), **draws)
+        return batches.take(steps)
+
+    def batches(first):
+        passes = every_epoch(one_pass, first, epochs)
+        return mix(one_hot(passes, classes), seed, first * steps)
 
     validation = one_hot(make_dataset(photos.validation, *size, crop=crop), classes)
     return _run(model, photos, batches, validation, settings, backup, patience=patience)
