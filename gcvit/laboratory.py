@@ -40,7 +40,7 @@ def zero_padding(extraction, x):
 
 FAULTS = {"flat_gather": flat_gather, "zero_padding": zero_padding}
 
-# The ways that lead from one end of the map to the other, and what closes them.
+# The pathways from one end of the map to the other, and what closes them.
 
 PATHWAYS = ("query", "gates", "late")
 """The global query, the gates of squeeze-and-excitation, the windows of the last level."""
@@ -73,10 +73,10 @@ def block_mask(side, part):
 
 @keras.saving.register_keras_serializable(package="gcvit")
 class Switched(GCViT):
-    """A `GCViT` whose ways and faults are switched by weights: one compiled model for all arms.
+    """A `GCViT` whose pathways and faults are switched by weights: one compiled model for all arms.
 
     At first the `PATHWAYS` are open and the `FAULTS` absent, and the model computes exactly
-    what a `GCViT` does. A way that is closed is replaced by something with the same
+    what a `GCViT` does. A pathway that is closed is replaced by something with the same
     parameters that sees nothing far: a constant query, gates of each place, windows of
     the last level that fall apart into windows of the first level's size.
 
@@ -95,13 +95,13 @@ class Switched(GCViT):
             for name in (*PATHWAYS, *FAULTS)
         }
 
-    def switch(self, ways=PATHWAYS, faults=()):
-        """Open the ways and put in the faults that are named, and no others.
+    def switch(self, pathways=PATHWAYS, faults=()):
+        """Open the pathways and put in the faults that are named, and no others.
 
         Raises:
             ValueError: for a name that is not in `PATHWAYS` or `FAULTS`.
         """
-        wanted = {*ways, *faults}
+        wanted = {*pathways, *faults}
         if not wanted <= set(self.switches):
             raise ValueError(f"The switches are {', '.join(self.switches)}; got {sorted(wanted)}.")
         for name, variable in self.switches.items():
@@ -118,14 +118,14 @@ class Switched(GCViT):
                 self._lead("zero_padding", layer, "halve", opened=zero_padding)
         for level in self.levels:
             self._lead("query", level, "q_global", closed=constant_query)
-        wall = block_mask(self.window_size[-1][0], self.window_size[0][0])
+        mask = block_mask(self.window_size[-1][0], self.window_size[0][0])
         for block in self.levels[-1].blocks:
             bias = block.attn.relative_position_bias
             self._lead(
                 "late",
                 block.attn,
                 "relative_position_bias",
-                closed=lambda _, bias=bias: ops.add(bias(), wall),
+                closed=lambda _, bias=bias: ops.add(bias(), mask),
             )
 
     def _lead(self, name, layer, method, opened=None, closed=None):
@@ -298,8 +298,8 @@ class Experiment:
         assign(self.model.trainable_variables, self._starts[seed])
         assign(self.model.optimizer.variables, self._rest)
 
-    def train(self, seed, ways=PATHWAYS, faults=()):
-        """Train from a seed, with some ways open and some faults put in, and test.
+    def train(self, seed, pathways=PATHWAYS, faults=()):
+        """Train from a seed, with some pathways open and some faults put in, and test.
 
         The seed decides the first weights and the images, so that arms of one seed differ
         in nothing but their switches.
@@ -308,16 +308,16 @@ class Experiment:
             An `Outcome`.
         """
         self.start(seed)
-        self.model.switch(ways, faults)
+        self.model.switch(pathways, faults)
         design, curve = self.design, _Curve()
         images, labels = examples(design.steps * design.batch, np.random.default_rng(seed + 1))
         batches = in_batches(images, labels, design.batch)
         self.model.fit(batches, shuffle=False, verbose=0, callbacks=[curve])
-        return Outcome(tuple(curve.losses), *self.test(ways, faults))
+        return Outcome(tuple(curve.losses), *self.test(pathways, faults))
 
-    def test(self, ways=PATHWAYS, faults=()):
+    def test(self, pathways=PATHWAYS, faults=()):
         """Return accuracy and bits on the test set, which is the same for every run."""
-        self.model.switch(ways, faults)
+        self.model.switch(pathways, faults)
         numbers = self.model.evaluate(self._test, verbose=0, return_dict=True)
         return numbers["accuracy"], 1 - numbers["loss"] / np.log(2)
 

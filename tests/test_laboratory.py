@@ -163,7 +163,7 @@ def test_a_run_can_be_run_again():
     )
     bench.model.run_eagerly = True  # tracing takes longer than a few steps
     first = bench.train(0)
-    other = bench.train(1, ways=())
+    other = bench.train(1, pathways=())
     assert len(first.curve) == 2 and other.curve != first.curve
     again = bench.train(0)
     np.testing.assert_allclose(again.curve, first.curve, rtol=1e-4)
