@@ -20,8 +20,7 @@ import numpy as np
 from gcvit import fine_tuning
 from gcvit.convert import FORMATS
 from gcvit.convert import convert as convert_checkpoint
-from gcvit.fine_tuning.datasets import SHORT_SIDE
-from gcvit.fine_tuning.recipes import Plan
+from gcvit.fine_tuning.datasets import short_side_for
 from gcvit.model import GCViT
 from gcvit.presets import PRESETS
 from gcvit.weights import locate, looks_like_path
@@ -127,32 +126,19 @@ def train(arguments):
 def _train(arguments, out, verbose):
     preset = PRESETS[arguments.preset]
     weights = arguments.weights or next(iter(preset["weights"]))
-    image_size = arguments.image_size or preset["image_size"]
+    image_size, crop = arguments.image_size or preset["image_size"], preset["crop"]
     print(f"Reading {arguments.folder}.", flush=True)
     photos = fine_tuning.from_folder(
         arguments.folder,
         arguments.validation_split,
         arguments.seed,
-        max(SHORT_SIDE, image_size),
+        short_side_for(image_size, crop),
     )
     print(
         f"{photos.train_size} photographs to train on, {photos.validation_size} to validate on, "
         f"of {len(photos.class_names)} classes: {', '.join(photos.class_names)}."
     )
-    plan = Plan(
-        "shell",
-        arguments.preset,
-        weights,
-        image_size,
-        None,
-        None,
-        arguments.epochs,
-        arguments.batch_size,
-        fine_tuning.precision(),
-        arguments.recipe,
-        (),
-    )
-    keras.mixed_precision.set_dtype_policy(plan.dtype)
+    keras.mixed_precision.set_dtype_policy(fine_tuning.precision())
     # Not the seed itself: gcvit_nano's training began with seed 0, and its features have grown
     # to fit the random head of that seed.
     keras.utils.set_random_seed(arguments.seed + 8)
@@ -166,27 +152,38 @@ def _train(arguments, out, verbose):
     )
     backup = out.with_name(out.name + ".backup")
     run = fine_tuning.RECIPES[arguments.recipe](
-        model, photos, plan, backup=backup, seed=arguments.seed
+        model,
+        photos,
+        image_size,
+        arguments.epochs,
+        arguments.batch_size,
+        crop,
+        backup=backup,
+        seed=arguments.seed,
     )
     notes = {"preset": arguments.preset, "weights": weights, "recipe": arguments.recipe}
     if weights != "none" and not looks_like_path(weights):
         notes["weights_license"] = preset["license"]
 
     def save(**more):
-        fine_tuning.save_classifier(out, model, photos.class_names, image_size, **notes, **more)
+        fine_tuning.save_classifier(
+            out, model, photos.class_names, image_size, crop, **notes, **more
+        )
 
     weighed = {}
     if arguments.balance:
-        counts = fine_tuning.class_counts(photos.train, classes)
-        weighed = {"class_weight": fine_tuning.class_weights(counts)}
+        weights_of_classes = fine_tuning.class_weights(fine_tuning.class_counts(photos))
+        weighed = {"class_weight": weights_of_classes}
     history = fine_tuning.fit(model, run, verbose=verbose, on_best=save, **weighed)
     if not history:
         print("No epoch was finished, so nothing is written.")
         return None
-    interrupted = run.keeper.interrupted
-    batches = fine_tuning.make_dataset(photos.validation, image_size, arguments.batch_size)
-    found = fine_tuning.evaluate(model, batches, photos.class_names)
-    save(**found)
+    interrupted = run.state.interrupted
+    batches = fine_tuning.make_dataset(
+        photos.validation, image_size, arguments.batch_size, crop=crop
+    )
+    report = fine_tuning.evaluate(model, batches, photos.class_names)
+    save(**report)
     if not interrupted:
         shutil.rmtree(backup, ignore_errors=True)
     return {
@@ -195,7 +192,7 @@ def _train(arguments, out, verbose):
         "epochs": len(history["loss"]),
         "interrupted": interrupted,
         "history": history,
-        **found,
+        **report,
     }
 
 
@@ -247,14 +244,14 @@ def predict(arguments):
     classifier = fine_tuning.load_classifier(_model_file(arguments.model))
     paths = fine_tuning.photographs_in(arguments.images)
     failed, results = 0, []
-    for path, found in classifier.predict(paths, arguments.batch_size):
-        if isinstance(found, Exception):
+    for path, answer in classifier.predict(paths, arguments.batch_size):
+        if isinstance(answer, Exception):
             failed += 1
-            print(f"gcvit: {found}", file=sys.stderr)
-            results.append({"file": os.fspath(path), "error": str(found)})
+            print(f"gcvit: {answer}", file=sys.stderr)
+            results.append({"file": os.fspath(path), "error": str(answer)})
             continue
-        order = np.argsort(-found)[: arguments.top]
-        classes = {classifier.class_names[k]: float(found[k]) for k in order}
+        order = np.argsort(-answer)[: arguments.top]
+        classes = {classifier.class_names[k]: float(answer[k]) for k in order}
         results.append({"file": os.fspath(path), "classes": classes})
         if not arguments.json:
             named = ", ".join(f"{name} {share:.3f}" for name, share in classes.items())

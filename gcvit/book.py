@@ -1,11 +1,11 @@
 """What knows that a notebook is looking: how much to run, and how much to show."""
 
+import dataclasses
 import os
 import sys
 
 from gcvit.fetch import FetchError
-from gcvit.fine_tuning.recipes import Plan
-from gcvit.fine_tuning.training import accelerator, precision
+from gcvit.fine_tuning.training import accelerator
 from gcvit.presets import PRESETS
 from gcvit.weights import locate
 
@@ -54,8 +54,35 @@ def run_setting():
     return setting
 
 
-def run_plan(photos):
-    """Return the `Plan` that the environment variable `GCVIT_RUN` asks for.
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """What chapter 8 trains, on how much, and why.
+
+    Attributes:
+        name: "quick", "full" or "brief".
+        preset: the model, a name in `gcvit.PRESETS`, which has its image size and crop.
+        weights: its weights, as `GCViT.from_preset` takes them.
+        train_size: photographs to train on; `None` for all.
+        validation_size: photographs to validate on; `None` for all.
+        epochs: passes over them.
+        batch_size: images a step.
+        recipe: name of one of `fine_tuning.RECIPES`.
+        notes: sentences that say why, and what is left out.
+    """
+
+    name: str
+    preset: str
+    weights: str
+    train_size: int | None
+    validation_size: int | None
+    epochs: int
+    batch_size: int
+    recipe: str
+    notes: tuple
+
+
+def train_config(photos):
+    """Return the `TrainConfig` that the environment variable `GCVIT_RUN` asks for.
 
     "full" trains on all photographs by the original recipe; "quick" takes about a minute
     on two CPU cores; "auto", which stands where nothing is set, is full on an accelerator
@@ -67,50 +94,48 @@ def run_plan(photos):
     Raises:
         ValueError: if `GCVIT_RUN` holds something else.
     """
-    setting = run_setting()
-    device, imagenet = accelerator(), imagenet_weights()
+    setting, device, imagenet = run_setting(), accelerator(), imagenet_weights()
     full = setting == "full" or (setting == "auto" and device is not None)
     name = "full" if full else "quick" if setting == "auto" else setting
+    if full:
+        train_size, validation_size, epochs, batch_size = None, None, 5, 32
+    elif imagenet:
+        train_size, validation_size, epochs, batch_size = 128, 64, 3, 16
+    else:
+        train_size, validation_size, epochs, batch_size = 256, 128, 3, 32
     notes = [
         f"GCVIT_RUN is {setting}, and there is {'a ' + device if device else 'no accelerator'}: "
-        f"this is the {name} run."
+        f"this is the {name} run.",
+        *([] if imagenet else _notes_on_nano(photos)),
     ]
-    if imagenet:
-        model = {"preset": "gcvit_xxtiny", "weights": "imagenet", "image_size": 224}
-    else:
-        model = {"preset": "gcvit_nano", "weights": "flowers", "image_size": 128}
-        notes.append(
-            "The ImageNet weights cannot be had here, so the model is gcvit_nano, which ships "
-            "with the book."
-        )
-        if photos.name == "tf_flowers":
-            notes.append(
-                "It was trained on the training split of these very flowers: with a new head "
-                "it relearns the head, and that is no test of transfer to new data."
-            )
-        else:
-            notes.append("It was trained on flowers, so what follows is transfer to new data.")
-    if full:
-        sizes = {"train_size": None, "validation_size": None, "epochs": 5, "batch_size": 32}
-    elif imagenet:
-        sizes = {"train_size": 128, "validation_size": 64, "epochs": 3, "batch_size": 16}
-    else:
-        sizes = {"train_size": 256, "validation_size": 128, "epochs": 3, "batch_size": 32}
-    if name == "brief":
-        sizes["epochs"] = 1
-    used = photos.take(sizes["train_size"], sizes["validation_size"])
+    used = photos.take(train_size, validation_size)
     if used.train_size < photos.train_size or used.validation_size < photos.validation_size:
         notes.append(
             f"Left out: {photos.train_size - used.train_size} of {photos.train_size} training "
             f"photographs and {photos.validation_size - used.validation_size} of "
             f"{photos.validation_size} for validation. GCVIT_RUN=full takes them all."
         )
-    recipe = "original" if full else "finetune"
-    return Plan(
+    return TrainConfig(
         name,
-        **model,
-        **sizes,
-        dtype=precision(),
-        recipe=recipe,
-        notes=tuple(notes),
+        *(("gcvit_xxtiny", "imagenet") if imagenet else ("gcvit_nano", "flowers")),
+        train_size,
+        validation_size,
+        1 if name == "brief" else epochs,
+        batch_size,
+        "original" if full else "finetune",
+        tuple(notes),
     )
+
+
+def _notes_on_nano(photos):
+    yield (
+        "The ImageNet weights cannot be had here, so the model is gcvit_nano, which ships "
+        "with the book."
+    )
+    if photos.name == "tf_flowers":
+        yield (
+            "It was trained on the training part of these very flowers: with a new head "
+            "it relearns the head, and that is no test of transfer to new data."
+        )
+    else:
+        yield "It was trained on flowers, so what follows is transfer to new data."

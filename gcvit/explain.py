@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from gcvit.fetch import FetchError
+from gcvit.images import resize
 from gcvit.model import GCViT
 from gcvit.presets import PRESETS
 
@@ -18,15 +19,11 @@ def photograph(size=224):
         size: side in pixels; default 224.
 
     Returns:
-        (size, size, 3) float32, 0 to 255. The square is cut from the middle.
+        (size, size, 3) float32, 0 to 255, whole numbers. The square is cut from the middle.
     """
     from skimage.data import chelsea
 
-    image = chelsea()
-    left = (image.shape[1] - image.shape[0]) // 2
-    square = image[:, left : left + image.shape[0]].astype("float32")
-    resized = ops.image.resize(square, (size, size), interpolation="bicubic", antialias=True)
-    return np.clip(ops.convert_to_numpy(resized), 0, 255)
+    return resize(chelsea(), size).astype("float32")
 
 
 def trained_model(image_size=None):
@@ -44,15 +41,15 @@ def trained_model(image_size=None):
     try:
         preset, weights = "gcvit_xxtiny", "imagenet"
         model = GCViT.from_preset(preset, weights, image_size=image_size)
-        said = "The model is gcvit_xxtiny with ImageNet weights."
+        sentence = "The model is gcvit_xxtiny with ImageNet weights."
     except FetchError:
         preset, weights = "gcvit_nano", "flowers"
         model = GCViT.from_preset(preset, weights, image_size=image_size)
-        said = (
+        sentence = (
             "The ImageNet weights cannot be reached from here, so the model is gcvit_nano.\n"
             "It ships with this book and was trained on photographs of flowers."
         )
-    return model, image_size or PRESETS[preset]["image_size"], said
+    return model, image_size or PRESETS[preset]["image_size"], sentence
 
 
 def source(thing):
@@ -178,7 +175,7 @@ def trace(model, image_size):
     for level in model.levels:
         _, padded = level.blocks[0].windows(x)
         (height, width), (h, w) = padded, level.window_size
-        found = {
+        shapes = {
             "map": x.shape[1:],
             "q_global": level.q_global(x).shape[1:],
             "global_query": [block.global_query for block in level.blocks],
@@ -187,7 +184,7 @@ def trace(model, image_size):
             "heads": level.num_heads,
         }
         x = level(x)
-        traced["levels"].append({**found, "out": x.shape[1:]})
+        traced["levels"].append({**shapes, "out": x.shape[1:]})
     for name in ("norm", "pool", "head"):
         x = getattr(model, name)(x)
         traced[name] = x.shape[1:]

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import ops
 from scipy import stats
 
 from gcvit.attention import WindowAttention
-from gcvit.fine_tuning.recipes import WarmupCosine
-from gcvit.fine_tuning.training import make_variables
+from gcvit.fine_tuning import warmup_cosine, without_autotune
+from gcvit.fine_tuning.training import assign, values_of
 from gcvit.global_tokens import FeatureExtraction
 from gcvit.model import GCViT
 from gcvit.unit_blocks import SqueezeAndExcitation, reinit_glorot, run
@@ -40,7 +41,7 @@ def zero_padding(extraction, x):
 
 FAULTS = {"flat_gather": flat_gather, "zero_padding": zero_padding}
 
-# The ways that lead from one end of the map to the other, and what closes them.
+# The pathways from one end of the map to the other, and what closes them.
 
 PATHWAYS = ("query", "gates", "late")
 """The global query, the gates of squeeze-and-excitation, the windows of the last level."""
@@ -56,7 +57,7 @@ def gates_of_each_place(layer, x):
     return run(layer.fc, x)
 
 
-def apart(side, part):
+def block_mask(side, part):
     """Return what keeps the parts of a window from seeing each other, added to its scores.
 
     Args:
@@ -73,10 +74,10 @@ def apart(side, part):
 
 @keras.saving.register_keras_serializable(package="gcvit")
 class Switched(GCViT):
-    """A `GCViT` whose ways and faults are switched by weights: one compiled model for all arms.
+    """A `GCViT` whose pathways and faults are switched by weights: one compiled model for all arms.
 
     At first the `PATHWAYS` are open and the `FAULTS` absent, and the model computes exactly
-    what a `GCViT` does. A way that is closed is replaced by something with the same
+    what a `GCViT` does. A pathway that is closed is replaced by something with the same
     parameters that sees nothing far: a constant query, gates of each place, windows of
     the last level that fall apart into windows of the first level's size.
 
@@ -95,13 +96,13 @@ class Switched(GCViT):
             for name in (*PATHWAYS, *FAULTS)
         }
 
-    def switch(self, ways=PATHWAYS, faults=()):
-        """Open the ways and put in the faults that are named, and no others.
+    def switch(self, pathways=PATHWAYS, faults=()):
+        """Open the pathways and put in the faults that are named, and no others.
 
         Raises:
             ValueError: for a name that is not in `PATHWAYS` or `FAULTS`.
         """
-        wanted = {*ways, *faults}
+        wanted = {*pathways, *faults}
         if not wanted <= set(self.switches):
             raise ValueError(f"The switches are {', '.join(self.switches)}; got {sorted(wanted)}.")
         for name, variable in self.switches.items():
@@ -118,14 +119,14 @@ class Switched(GCViT):
                 self._lead("zero_padding", layer, "halve", opened=zero_padding)
         for level in self.levels:
             self._lead("query", level, "q_global", closed=constant_query)
-        wall = apart(self.window_size[-1][0], self.window_size[0][0])
+        mask = block_mask(self.window_size[-1][0], self.window_size[0][0])
         for block in self.levels[-1].blocks:
             bias = block.attn.relative_position_bias
             self._lead(
                 "late",
                 block.attn,
                 "relative_position_bias",
-                closed=lambda _, bias=bias: ops.add(bias(), wall),
+                closed=lambda _, bias=bias: ops.add(bias(), mask),
             )
 
     def _lead(self, name, layer, method, opened=None, closed=None):
@@ -181,6 +182,11 @@ def all_pairs(backgrounds, rng):
     colors = np.tile([[0, 0], [0, 1], [1, 0], [1, 1]], (backgrounds, 1))
     images = paint(np.repeat(noise(backgrounds, rng), 4, axis=0), colors)
     return images, np.int32(colors[:, 0] == colors[:, 1])
+
+
+def in_batches(images, labels, batch):
+    """Return a `tf.data.Dataset` of batches, which Keras would make with autotuning."""
+    return without_autotune(tf.data.Dataset.from_tensor_slices((images, labels)).batch(batch))
 
 
 # The runs.
@@ -261,7 +267,7 @@ class Experiment:
             **config,
         }
         self.model = self._built(Switched)
-        rate = WarmupCosine(self.design.rate, self.design.warmup, self.design.steps)
+        rate = warmup_cosine(self.design.rate, self.design.warmup, self.design.steps)
         self.model.compile(
             keras.optimizers.Adam(rate, global_clipnorm=1.0),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -269,10 +275,10 @@ class Experiment:
             steps_per_execution=self.design.every,
             jit_compile=False,
         )
-        make_variables(self.model, np.zeros(1), self.config["num_classes"])
-        self._rest = [ops.convert_to_numpy(v) for v in self.model.optimizer.variables]
+        self.model.optimizer.build(self.model.trainable_variables)
+        self._rest = values_of(self.model.optimizer.variables)
         self._starts = {}
-        self._test = all_pairs(self.design.backgrounds, np.random.default_rng(0))
+        self._test = in_batches(*all_pairs(self.design.backgrounds, np.random.default_rng(0)), 128)
 
     def _built(self, cls):
         model = cls(**self.config)
@@ -289,17 +295,12 @@ class Experiment:
             keras.utils.set_random_seed(seed)
             new = self._built(GCViT)
             reinit_glorot(new)
-            self._starts[seed] = [ops.convert_to_numpy(v) for v in new.trainable_variables]
-        optimizer = self.model.optimizer
-        for variable, value in zip(
-            [*self.model.trainable_variables, *optimizer.variables],
-            [*self._starts[seed], *self._rest],
-            strict=True,
-        ):
-            variable.assign(value)
+            self._starts[seed] = values_of(new.trainable_variables)
+        assign(self.model.trainable_variables, self._starts[seed])
+        assign(self.model.optimizer.variables, self._rest)
 
-    def train(self, seed, ways=PATHWAYS, faults=()):
-        """Train from a seed, with some ways open and some faults put in, and test.
+    def train(self, seed, pathways=PATHWAYS, faults=()):
+        """Train from a seed, with some pathways open and some faults put in, and test.
 
         The seed decides the first weights and the images, so that arms of one seed differ
         in nothing but their switches.
@@ -308,19 +309,18 @@ class Experiment:
             An `Outcome`.
         """
         self.start(seed)
-        self.model.switch(ways, faults)
+        self.model.switch(pathways, faults)
         design, curve = self.design, _Curve()
         images, labels = examples(design.steps * design.batch, np.random.default_rng(seed + 1))
-        self.model.fit(
-            images, labels, batch_size=design.batch, shuffle=False, verbose=0, callbacks=[curve]
-        )
-        return Outcome(tuple(curve.losses), *self.test(ways, faults))
+        batches = in_batches(images, labels, design.batch)
+        self.model.fit(batches, shuffle=False, verbose=0, callbacks=[curve])
+        return Outcome(tuple(curve.losses), *self.test(pathways, faults))
 
-    def test(self, ways=PATHWAYS, faults=()):
+    def test(self, pathways=PATHWAYS, faults=()):
         """Return accuracy and bits on the test set, which is the same for every run."""
-        self.model.switch(ways, faults)
-        found = self.model.evaluate(*self._test, batch_size=128, verbose=0, return_dict=True)
-        return found["accuracy"], 1 - found["loss"] / np.log(2)
+        self.model.switch(pathways, faults)
+        numbers = self.model.evaluate(self._test, verbose=0, return_dict=True)
+        return numbers["accuracy"], 1 - numbers["loss"] / np.log(2)
 
 
 # What the runs say.

@@ -1,7 +1,9 @@
 """The published variants as data: sizes, accuracies, checkpoints and their license.
 
 Sources: official `models/gc_vit.py` and its README (May 2023 weights); GFLOPs from the
-paper, Hatamizadeh et al. 2023. Sizes are bytes; a `None` is not published.
+paper, Hatamizadeh et al. 2023. Sizes are bytes; a `None` is not published. "crop" is the
+share of a photograph's sides that the evaluation looks at (timm's `default_cfg`; see
+`gcvit.images.center_box`).
 """
 
 RELEASE_LICENSE = "CC-BY-NC-SA-4.0"
@@ -39,10 +41,12 @@ def _preset(
     top1=None,
     gflops=None,
     license=RELEASE_LICENSE,
+    crop=0.875,
 ):
     return {
         "config": config,
         "image_size": image_size,
+        "crop": crop,
         "parameters": parameters,
         "top1": top1,
         "gflops": gflops,
@@ -191,6 +195,7 @@ PRESETS = {
     "gcvit_nano": _preset(
         _config(24, (2, 2, 6, 2), 2, 3.0, 0.1, window_size=(4, 4, 8, 4), num_classes=5),
         image_size=128,
+        crop=1.0,
         parameters=1_635_601,
         license="MIT",
         # Trained by tools/reproduce/train_nano.py on the training split of tf_flowers.

@@ -1,7 +1,6 @@
 """What several test files share: the fixtures' model and the numbers it must give."""
 
 import contextlib
-import dataclasses
 import http.server
 import json
 import os
@@ -19,7 +18,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from gcvit import GCViT, fine_tuning
-from gcvit.fine_tuning import Photographs, recipes
+from gcvit.fine_tuning import Photographs
 from gcvit.weights import save_safetensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -194,7 +193,8 @@ def dark_and_bright():
     labels = np.arange(16) % 2
     images = rng.integers(0, 128, (16, 32, 32, 3)) + 100 * labels[:, None, None, None]
     photos = tf.data.Dataset.from_tensor_slices((images.astype("uint8"), labels))
-    return Photographs(photos, photos, ["dark", "bright"], 16, 16, "")
+    of_labels = tf.data.Dataset.from_tensor_slices(labels)
+    return Photographs(photos, photos, of_labels, ["dark", "bright"], 16, 16, "")
 
 
 @pytest.fixture(scope="module")
@@ -203,10 +203,3 @@ def two_classes():
     photos = dark_and_bright()
     batches = fine_tuning.make_dataset(photos.validation, 32, 8)
     return photos, fine_tuning.one_hot(batches, 2)
-
-
-def plan_for(epochs, **overrides):
-    plan = recipes.Plan(
-        "quick", "gcvit_nano", "flowers", 32, None, None, epochs, 8, "float32", "finetune", ()
-    )
-    return dataclasses.replace(plan, **overrides)

@@ -83,6 +83,8 @@ def test_flowers_are_split_90_to_10_and_share_none(tmp_path):
     ]
     assert len(values[0]) == 18 and len(values[1]) == 2 and not values[0] & values[1]
     assert photos.class_names == CLASSES and photos.name == "tf_flowers"
+    assert fine_tuning.class_counts(photos).sum() == 18
+    assert [int(label) for label in photos.train_labels] == [int(k) for _, k in photos.train]
 
 
 def test_half_prepared_flowers_are_refused_with_the_folder_s_name(tmp_path):
@@ -195,6 +197,7 @@ def test_take_keeps_the_first_and_counts_them():
     few = photos.take(5, 3)
     assert (few.train_size, few.validation_size) == (5, 3)
     assert len(list(few.train)) == 5 and len(list(few.validation)) == 3
+    assert [int(k) for k in few.train_labels] == [int(k) for _, k in few.train]
     assert photos.take(None, 10_000).validation_size == photos.validation_size == 7
 
 
@@ -222,12 +225,18 @@ def test_a_folder_is_split_by_its_seed_into_parts_that_share_none(folder):
     assert photos.class_names == ["cats", "dogs"]
     train, validation = contents(photos)
     assert len(train) == 16 and len(validation) == 4 and not train & validation
-    for part, count in ((photos.train, 8), (photos.validation, 2)):
-        assert fine_tuning.class_counts(part, 2).tolist() == [count, count]
+    assert fine_tuning.class_counts(photos).tolist() == [8, 8]
     assert contents(from_folder(folder, 0.2)) == [train, validation]
     assert contents(from_folder(folder, 0.2, seed=1)) != [train, validation]
     images, labels = next(iter(fine_tuning.make_dataset(photos.train, 32, train=True)))
     assert images.shape == (16, 32, 32, 3) and sorted(labels.numpy()) == [0] * 8 + [1] * 8
+
+
+def test_labels_are_known_without_decoding(folder):
+    photos = from_folder(folder)
+    for path in (folder / "cats").iterdir():
+        path.write_bytes(b"gone")
+    assert fine_tuning.class_counts(photos).tolist() == [9, 9]
 
 
 def test_training_photographs_do_not_come_class_after_class(folder):

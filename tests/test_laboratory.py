@@ -80,12 +80,12 @@ def test_a_closed_query_is_the_same_for_every_image(switched):
 
 def test_windows_fall_apart_into_parts():
     tokens = np.arange(16).reshape(4, 4)
-    wall = laboratory.apart(4, 2)
+    mask = laboratory.block_mask(4, 2)
     for i in (0, 1):
         for j in (0, 1):
             part = tokens[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].ravel()
-            np.testing.assert_array_equal(np.where(wall[part[0]] == 0)[0], np.sort(part))
-    assert not laboratory.apart(2, 2).any()
+            np.testing.assert_array_equal(np.where(mask[part[0]] == 0)[0], np.sort(part))
+    assert not laboratory.block_mask(2, 2).any()
 
 
 def test_the_faults_by_hand():
@@ -163,7 +163,7 @@ def test_a_run_can_be_run_again():
     )
     bench.model.run_eagerly = True  # tracing takes longer than a few steps
     first = bench.train(0)
-    other = bench.train(1, ways=())
+    other = bench.train(1, pathways=())
     assert len(first.curve) == 2 and other.curve != first.curve
     again = bench.train(0)
     np.testing.assert_allclose(again.curve, first.curve, rtol=1e-4)

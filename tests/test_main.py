@@ -7,10 +7,11 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from skimage import data
 
 from gcvit import GCViT, fine_tuning
 from gcvit.__main__ import COMMANDS, main
-from gcvit.images import MEAN, normalize
+from gcvit.images import MEAN, normalize, resize
 from gcvit.readers import CheckpointError, training_notes
 from gcvit.weights import PACKAGED
 
@@ -84,18 +85,18 @@ def test_predict_needs_nothing_but_the_file(trained, capsys):
         ["predict", str(place / "model.safetensors"), *map(str, images), "--json", "--top=2"]
     )
     shown = capsys.readouterr()
-    found = json.loads(shown.out)
+    results = json.loads(shown.out)
     assert code == 1 and "broken.jpg cannot be read" in shown.err
-    assert len(found) == 10 and [entry["file"] for entry in found[:2]] == [
+    assert len(results) == 10 and [entry["file"] for entry in results[:2]] == [
         str(p) for p in images[:2]
     ]
-    assert "error" in found[1] and "1 of 10 files" in shown.err
+    assert "error" in results[1] and "1 of 10 files" in shown.err
     classifier = fine_tuning.load_classifier(place / "model.safetensors")
-    by_hand = normalize(fine_tuning.resize(np.array(Image.open(images[0])), 32))
+    by_hand = normalize(resize(np.array(Image.open(images[0])), 32))
     expected = np.asarray(classifier.model(by_hand[None]))[0]
     assert classifier.class_names == ["bright", "dark"] and classifier.image_size == 32
     for k, name in enumerate(classifier.class_names):
-        assert found[0]["classes"][name] == pytest.approx(expected[k], abs=1e-5)
+        assert results[0]["classes"][name] == pytest.approx(expected[k], abs=1e-5)
 
 
 def test_predict_with_the_model_that_ships(tmp_path, capsys):
@@ -143,8 +144,8 @@ def test_a_failure_is_one_sentence_and_exit_code_1(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     command, message = spoil(tmp_path)
     assert main(command.split()) == 1
-    said = capsys.readouterr().err
-    assert re.search(message, said) and said.startswith("gcvit: ") and "Traceback" not in said
+    shown = capsys.readouterr().err
+    assert re.search(message, shown) and shown.startswith("gcvit: ") and "Traceback" not in shown
 
 
 @pytest.mark.parametrize(
@@ -212,12 +213,17 @@ def test_ctrl_c_keeps_the_best_weights_and_the_way_on(tmp_path, capsys):
 def test_a_classifier_s_file_is_text_and_tensors(tmp_path):
     model = GCViT((8,), 8, (1,), (1,), num_classes=2)
     model.build((None, 32, 64, 3))
-    fine_tuning.save_classifier(tmp_path / "m.safetensors", model, ["a", "b"], [32, 64], epochs=3)
+    fine_tuning.save_classifier(
+        tmp_path / "m.safetensors", model, ["a", "b"], [32, 64], 0.875, epochs=3
+    )
     again = fine_tuning.load_classifier(tmp_path / "m.safetensors")
     images = np.random.default_rng(0).normal(size=(2, 32, 64, 3)).astype("float32")
     np.testing.assert_allclose(again.model(images), model(images), atol=1e-6)
     assert again.notes == {"epochs": 3} and again.image_size == [32, 64]
     np.testing.assert_array_equal(again.mean, MEAN)
+    Image.fromarray(data.chelsea()).save(tmp_path / "cat.png")
+    expected = normalize(resize(data.chelsea(), (32, 64), 0.875))
+    np.testing.assert_allclose(again.image(tmp_path / "cat.png"), expected, atol=1e-6)
     whole = (tmp_path / "m.safetensors").read_bytes()
     (tmp_path / "m.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError):

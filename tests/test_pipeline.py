@@ -7,33 +7,47 @@ import tensorflow as tf
 from skimage import data
 
 from gcvit import fine_tuning
-from gcvit.images import denormalize, normalize
+from gcvit.fine_tuning import Photographs, pipeline
+from gcvit.images import denormalize, normalize, resize
 
 
-def test_half_of_the_images_are_mirrored_and_each_pass_draws_anew():
+def test_half_of_the_images_are_mirrored_and_each_epoch_draws_anew():
     image = np.tile(np.arange(8, dtype="uint8")[None, :, None], (8, 1, 3))
     photos = tf.data.Dataset.from_tensors((image, 0)).repeat(400)
-    batches = fine_tuning.make_dataset(photos, 8, batch_size=50, train=True)
-    passes = []
-    for _ in range(2):
-        images = np.concatenate([images for images, _ in batches])
-        rows = denormalize(images)[:, 0, :, 0]
+    draws = []
+    for epoch in range(2):
+        batches = fine_tuning.make_dataset(photos, 8, 50, train=True, epoch=epoch)
+        rows = denormalize(np.concatenate([images for images, _ in batches]))[:, 0, :, 0]
         mirrored = (rows == np.arange(8)[::-1]).all(axis=1)
         assert (mirrored | (rows == np.arange(8)).all(axis=1)).all()
         assert 150 < mirrored.sum() < 250
-        passes.append(mirrored)
-    assert (passes[0] != passes[1]).any()
+        draws.append(mirrored)
+    assert (draws[0] != draws[1]).any()
 
 
 def test_validation_batches_are_the_resized_normalized_photographs_in_order():
     photos = fine_tuning.embedded_photographs(per_class=4)
-    (images, labels), *_ = fine_tuning.make_dataset(photos.validation, 32, batch_size=4)
+    (images, labels), *_ = fine_tuning.make_dataset(photos.validation, 32, 4, crop=0.875)
     for image, label, (photo, true) in zip(images, labels, photos.validation, strict=False):
-        resized = fine_tuning.resize(photo, 32).numpy()
-        by_hand = (resized / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-        np.testing.assert_allclose(image, by_hand, atol=1e-5)
+        np.testing.assert_allclose(image, normalize(resize(photo, 32, 0.875)), atol=1e-6)
         assert label == true
-    np.testing.assert_array_equal(denormalize(normalize(np.float32(photo))), photo)
+
+
+def test_random_boxes_hold_their_share_and_lie_inside():
+    image = tf.zeros((60, 80, 3), tf.uint8)
+    boxes = np.array([pipeline.random_box(image, (0, i), 0.35) for i in range(100)])
+    left, upper, right, lower = boxes.T
+    assert boxes.min() >= 0 and right.max() <= 80 and lower.max() <= 60
+    shares = (right - left) * (lower - upper) / (60 * 80)
+    assert 0.3 < shares.min() < 0.5 < shares.max() <= 1
+    assert len({tuple(box) for box in boxes}) > 90
+    # And the pipeline looks at them: a bright left half is seen in other shares.
+    half = np.zeros((60, 80, 3), "uint8")
+    half[:, :40] = 255
+    photos = tf.data.Dataset.from_tensors((half, 0)).repeat(32)
+    batches = fine_tuning.make_dataset(photos, 16, 32, train=True, smallest=0.2)
+    means = denormalize(next(iter(batches))[0]).mean(axis=(1, 2, 3))
+    assert means.std() > 10
 
 
 @pytest.mark.numerics  # Keras's layers in it must not compute with the model's backend
@@ -55,32 +69,55 @@ def test_no_pass_waits_for_a_thread_that_tunes_the_pipeline():
         assert later.options().autotune.enabled is False
 
 
-def test_what_a_pass_draws_follows_from_the_epoch():
+def test_what_an_epoch_draws_follows_from_its_number_and_the_seed():
     photos = fine_tuning.embedded_photographs(per_class=4)
-    epoch = tf.Variable(0, dtype="int64")
 
-    def drawn(seed=0):
-        batches = fine_tuning.make_dataset(
-            photos.train, 32, 8, True, fine_tuning.rand_augment(), seed, epoch
-        )
-        mixed = fine_tuning.mix(fine_tuning.one_hot(batches, 7), seed, epoch)
-        assert mixed.cardinality() == 4
-        return np.concatenate([images for images, _ in mixed]).tobytes()
+    def drawn(first, last=2, seed=0):
+        def one_pass(epoch):
+            return fine_tuning.make_dataset(photos.train, 32, 8, True, seed=seed, epoch=epoch)
+
+        batches = fine_tuning.every_epoch(one_pass, first, last)
+        mixed = fine_tuning.mix(fine_tuning.one_hot(batches, 7), seed, first=4 * first)
+        return [images.numpy().tobytes() for images, _ in mixed]
 
     keras.utils.set_random_seed(0)
-    first = drawn()
+    both = drawn(0)
+    assert len(set(both)) == 8
+    # From a later epoch on it is the same, whatever else was drawn.
     keras.utils.set_random_seed(1)
-    assert drawn() == first and drawn(seed=1) != first
-    epoch.assign(1)
-    assert drawn() != first
+    assert drawn(1) == both[4:]
+    assert not set(drawn(0, 1, seed=1)) & set(both)
 
 
-def test_stored_photographs_are_the_resized_ones():
-    photos = fine_tuning.embedded_photographs(per_class=4)
-    stored = photos.stored(32)
-    for (image, label), (small, same) in zip(photos.train, stored.train, strict=True):
-        assert small.shape == (32, 32, 3) and small.dtype == tf.uint8 and label == same
-        assert np.abs(fine_tuning.resize(image, 32) - tf.cast(small, "float32")).max() <= 0.5
+def test_what_rand_augment_draws_follows_from_its_seed():
+    augment = fine_tuning.rand_augment()
+    image = tf.cast(resize(data.chelsea(), 32), "float32")
+    first, again, other = (augment(image, (0, i)).numpy() for i in (1, 1, 2))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_photographs_in_memory_are_the_resized_ones_and_are_read_once():
+    reads = []
+
+    def read(i):
+        reads.append(int(i))
+        return np.full((8, 8, 3), i, "uint8")
+
+    numbers = tf.data.Dataset.range(6)
+    images = numbers.map(
+        lambda i: (tf.ensure_shape(tf.numpy_function(read, [i], tf.uint8), (8, 8, 3)), i)
+    )
+    photos = Photographs(images, images, numbers, list("abcdef"), 6, 6, "")
+    stored = fine_tuning.in_memory(photos, 4)
+
+    def epoch_of(number):
+        return fine_tuning.make_dataset(stored.train, 4, 4, train=True, epoch=number)
+
+    for _ in fine_tuning.every_epoch(epoch_of, 0, 3):
+        pass
+    for image, label in stored.train:
+        np.testing.assert_array_equal(image, np.full((4, 4, 3), label))
+    assert sorted(reads) == list(range(6))
 
 
 @pytest.mark.numerics  # Keras's layers in it must not compute with the model's backend

@@ -154,7 +154,7 @@ def test_imports_run_one_way():
     order = ["checks", "fetch", "presets", "images", "fast", "unit_blocks", "stem"]
     order += ["global_tokens", "attention", "block", "level", "readers", "weights"]
     order += ["pretrained", "model", "convert"]
-    rooms = ["pipeline", "datasets", "training", "recipes", "classifier", "evaluation"]
+    rooms = ["datasets", "pipeline", "training", "recipes", "classifier", "evaluation"]
     order += ["cost", *(f"fine_tuning.{room}" for room in rooms), "fine_tuning"]
     order += ["figures", "explain", "explorer", "laboratory", "book"]
     for path in (ROOT / "gcvit").rglob("*.py"):

@@ -12,7 +12,6 @@ import pytest
 from conftest import (
     dark_and_bright,
     plain_model,
-    plan_for,
     same_weights,
     tiny_model,
     to_numpy,
@@ -30,7 +29,7 @@ from gcvit.fine_tuning import (
 def undistorted(monkeypatch):
     """Spare a run the augmentation, which takes TensorFlow a second to trace."""
     monkeypatch.setattr(recipes, "rand_augment", lambda strength: fine_tuning.flip)
-    monkeypatch.setattr(recipes, "mix", lambda batches, seed, epoch: batches)
+    monkeypatch.setattr(recipes, "mix", lambda batches, seed, first: batches)
 
 
 class At(keras.callbacks.Callback):
@@ -72,7 +71,7 @@ def learning_model(seed):
 
 
 def prepared(model, photos, backup=None):
-    return fine_tuning.finetune(model, photos, plan_for(4), backup=backup, peak=3e-3)
+    return fine_tuning.finetune(model, photos, 32, 4, 8, backup=backup, peak=3e-3)
 
 
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
@@ -119,7 +118,7 @@ def test_the_averaged_weights_of_the_best_epoch_are_left(two_classes):
     photos, batches = two_classes
     keras.utils.set_random_seed(0)
     model = plain_model()
-    run = fine_tuning.finetune(model, photos, plan_for(3))
+    run = fine_tuning.finetune(model, photos, 32, 3, 8)
     history = fine_tuning.fit(model, run, verbose=0)
     loss = model.evaluate(batches, verbose=0)[0]
     assert loss == pytest.approx(min(history["val_loss"]), rel=1e-4)
@@ -142,17 +141,17 @@ def test_a_run_remembers_its_best_epoch_and_patience_when_it_is_cut_off(two_clas
     photos = worsening(two_classes[0])
     whole = plain_model()
     start = weights_of(whole)
-    run = fine_tuning.finetune(whole, photos, plan_for(9), peak=3e-3, patience=3)
+    run = fine_tuning.finetune(whole, photos, 32, 9, 8, peak=3e-3, patience=3)
     history = fine_tuning.fit(whole, run, verbose=0)
     assert len(history["loss"]) < 9 and int(np.argmin(history["val_loss"])) == 0
 
     model = plain_model()
     model.set_weights(start)
-    run = fine_tuning.finetune(model, photos, plan_for(9), tmp_path, peak=3e-3, patience=3)
+    run = fine_tuning.finetune(model, photos, 32, 9, 8, backup=tmp_path, peak=3e-3, patience=3)
     with pytest.raises(ZeroDivisionError):
         fine_tuning.fit(model, run, verbose=0, callbacks=[At(2, lambda: 1 / 0)])
     model = plain_model()
-    run = fine_tuning.finetune(model, photos, plan_for(9), tmp_path, peak=3e-3, patience=3)
+    run = fine_tuning.finetune(model, photos, 32, 9, 8, backup=tmp_path, peak=3e-3, patience=3)
     later = fine_tuning.fit(model, run, verbose=0)
     assert later["val_loss"] == pytest.approx(history["val_loss"], rel=1e-5)
     for ours, theirs in zip(weights_of(model), weights_of(whole), strict=True):
@@ -164,7 +163,7 @@ def test_a_run_remembers_its_best_epoch_and_patience_when_it_is_cut_off(two_clas
 def test_an_interrupt_leaves_the_best_weights_and_the_backup(two_classes, tmp_path, capsys, recipe):
     photos, _ = two_classes
     model = plain_model()
-    run = fine_tuning.RECIPES[recipe](model, photos, plan_for(4), backup=tmp_path)
+    run = fine_tuning.RECIPES[recipe](model, photos, 32, 4, 8, backup=tmp_path)
     history = fine_tuning.fit(model, run, verbose=0, callbacks=[At(2, interrupt)])
     assert len(history["loss"]) == 2
     best = int(np.argmin(history["val_loss"]))
@@ -179,7 +178,7 @@ def test_an_interrupt_leaves_the_best_weights_and_the_backup(two_classes, tmp_pa
 def test_an_interrupt_in_the_first_epoch_leaves_a_usable_model(two_classes, capsys):
     photos, batches = two_classes
     model = plain_model()
-    run = fine_tuning.finetune(model, photos, plan_for(2))
+    run = fine_tuning.finetune(model, photos, 32, 2, 8)
     assert fine_tuning.fit(model, run, verbose=0, callbacks=[At(0, interrupt)]) == {}
     assert "those it had then" in capsys.readouterr().out
     assert np.isfinite(model.evaluate(batches, verbose=0)[0])
@@ -191,7 +190,7 @@ def test_a_backup_of_another_run_or_a_damaged_one_is_refused(two_classes, tmp_pa
 
     def attempt(epochs=4, **settings):
         model = plain_model()
-        run = fine_tuning.finetune(model, photos, plan_for(epochs), tmp_path, **settings)
+        run = fine_tuning.finetune(model, photos, 32, epochs, 8, backup=tmp_path, **settings)
         fine_tuning.fit(model, run, verbose=0, callbacks=[At(1, interrupt)])
 
     attempt()
@@ -228,7 +227,7 @@ def test_early_stopping_leaves_the_best_epoch_s_averaged_weights(two_classes):
     photos = worsening(two_classes[0])
     keras.utils.set_random_seed(0)
     model = plain_model()
-    run = fine_tuning.finetune(model, photos, plan_for(8), peak=3e-3, patience=1)
+    run = fine_tuning.finetune(model, photos, 32, 8, 8, peak=3e-3, patience=1)
     history = fine_tuning.fit(model, run, verbose=0)
     assert len(history["loss"]) < 8
     best = min(history["val_loss"])

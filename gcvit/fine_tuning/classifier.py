@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from gcvit.checks import pair
-from gcvit.fine_tuning.datasets import SHORT_SIDE
-from gcvit.fine_tuning.pipeline import resize
+from gcvit.fine_tuning.datasets import short_side_for
 from gcvit.fine_tuning.training import jit_compile
-from gcvit.images import MEAN, STD, DatasetError, read_photograph
+from gcvit.images import MEAN, STD, DatasetError, read_photograph, resize
 from gcvit.model import GCViT
 from gcvit.presets import PRESETS
 from gcvit.readers import CheckpointError, training_notes
@@ -27,7 +26,7 @@ def _architecture(model):
     return {name: value for name, value in config.items() if name in named}
 
 
-def save_classifier(path, model, class_names, image_size, **notes):
+def save_classifier(path, model, class_names, image_size, crop=1.0, **notes):
     """Write a model and what its use takes into one `.safetensors` file.
 
     The file holds tensors and text, nothing that is run when it is read.
@@ -37,14 +36,16 @@ def save_classifier(path, model, class_names, image_size, **notes):
         model: a built `GCViT`.
         class_names: name of each class.
         image_size: side in pixels of the images that it was trained on, or (height, width).
+        crop: see `gcvit.images.center_box`; default 1.
         **notes: what else is to be known of it: of JSON's types.
     """
     notes = {
         "config": _architecture(model),
         "classes": list(class_names),
         "image_size": image_size,
+        "crop": crop,
         "mean": MEAN.tolist(),
-        "deviation": STD.tolist(),
+        "std": STD.tolist(),
         **notes,
     }
     save_safetensors(model, path, metadata={k: json.dumps(v) for k, v in notes.items()})
@@ -58,22 +59,24 @@ class Classifier:
         model: a `GCViT` that gives probabilities.
         class_names: name of each class.
         image_size: side in pixels of the images that it takes, or (height, width).
+        crop: share of a photograph that it looks at, see `gcvit.images.center_box`.
         mean: what is subtracted from red, green and blue, 0 to 255.
-        deviation: what they are divided by then.
+        std: what they are divided by then.
         notes: what else the file says of the model.
     """
 
     model: GCViT
     class_names: list
     image_size: int | list
+    crop: float
     mean: np.ndarray
-    deviation: np.ndarray
+    std: np.ndarray
     notes: dict
 
     def image(self, path):
         """Return a photograph as the model takes it: (height, width, 3) float32."""
-        photograph = read_photograph(path, max(SHORT_SIDE, np.max(self.image_size)))
-        return (resize(photograph, self.image_size).numpy() - self.mean) / self.deviation
+        photograph = read_photograph(path, short_side_for(self.image_size, self.crop))
+        return (resize(photograph, self.image_size, self.crop) - self.mean) / self.std
 
     def predict(self, paths, batch_size=32):
         """Yield (path, probabilities of the classes, or the `DatasetError`) for each path.
@@ -92,14 +95,14 @@ class Classifier:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for begin in range(0, len(paths), batch_size):
                 some = paths[begin : begin + batch_size]
-                found = list(pool.map(attempt, some))
-                images = [image for image in found if isinstance(image, np.ndarray)]
+                read = list(pool.map(attempt, some))
+                images = [image for image in read if isinstance(image, np.ndarray)]
                 if images:
                     # Filled up, so that all batches have the shape that was compiled.
                     missing = min(batch_size, len(paths)) - len(images)
                     batch = np.stack(images + [images[0]] * missing)
                     rows = iter(self.model.predict_on_batch(batch.astype("float32")))
-                for path, image in zip(some, found, strict=True):
+                for path, image in zip(some, read, strict=True):
                     yield path, next(rows) if isinstance(image, np.ndarray) else image
 
 
@@ -123,6 +126,7 @@ def load_classifier(path):
         notes = {name: _parsed(text) for name, text in training_notes(path).items()}
         preset = PRESETS.get(notes.get("preset"), {})
         image_size = notes.pop("image_size", preset.get("image_size"))
+        crop = float(notes.pop("crop", preset.get("crop", 1.0)))
         config, class_names = notes.pop("config"), notes.pop("classes")
         model = GCViT(**config)
         model.build((None, *pair("image_size", image_size), 3))
@@ -133,8 +137,8 @@ def load_classifier(path):
         ) from error
     load_checkpoint(model, path)
     model.compile(jit_compile=jit_compile())
-    scale = [np.float32(notes.pop(name, by)) for name, by in (("mean", MEAN), ("deviation", STD))]
-    return Classifier(model, class_names, image_size, *scale, notes)
+    scale = [np.float32(notes.pop(name, by)) for name, by in (("mean", MEAN), ("std", STD))]
+    return Classifier(model, class_names, image_size, crop, *scale, notes)
 
 
 def _parsed(text):

@@ -4,14 +4,15 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
+import math
 import os
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
+from gcvit.checks import pair
 from gcvit.fetch import FetchError, fetch
-from gcvit.fine_tuning.pipeline import resize
 from gcvit.images import DatasetError, read_photograph
 
 FLOWERS_URL = "http://download.tensorflow.org/example_images/flower_photos.tgz"
@@ -40,6 +41,7 @@ class Photographs:
     Attributes:
         train: `tf.data.Dataset` of (image, label): (height, width, 3) uint8, and an integer.
         validation: the same, of other photographs.
+        train_labels: `tf.data.Dataset` of the labels in `train`, for which none is decoded.
         class_names: name of each label.
         train_size: number of photographs in `train`.
         validation_size: number of photographs in `validation`.
@@ -49,6 +51,7 @@ class Photographs:
 
     train: tf.data.Dataset
     validation: tf.data.Dataset
+    train_labels: tf.data.Dataset
     class_names: list
     train_size: int
     validation_size: int
@@ -63,24 +66,10 @@ class Photographs:
             self,
             train=self.train.take(train_size),
             validation=self.validation.take(validation_size),
+            train_labels=self.train_labels.take(train_size),
             train_size=train_size,
             validation_size=validation_size,
         )
-
-    def stored(self, side):
-        """Return the photographs resized to squares of `side` px and kept in memory.
-
-        The first pass decodes and resizes them; each later one is spared that.
-        """
-
-        def kept(part):
-            small = part.map(
-                lambda image, label: (tf.cast(tf.round(resize(image, side)), tf.uint8), label),
-                num_parallel_calls=tf.data.AUTOTUNE,
-            )
-            return small.cache()
-
-        return dataclasses.replace(self, train=kept(self.train), validation=kept(self.validation))
 
 
 def flowers_folder(data_dir=None):
@@ -123,7 +112,7 @@ def flowers_are_here(data_dir=None):
 
 
 def flowers(data_dir=None):
-    """Return `tf_flowers`, split 90 to 10 as the official split goes.
+    """Return `tf_flowers`; the last tenth, which it has no split for, is for validation.
 
     Args:
         data_dir: tensorflow-datasets' folder; default: `TFDS_DATA_DIR`, or
@@ -148,24 +137,22 @@ def flowers(data_dir=None):
             ) from error
     tfds.disable_progress_bar()
     config = tfds.download.DownloadConfig(manual_dir=archive and archive.parent)
+    builder = tfds.builder("tf_flowers", data_dir=flowers_folder(data_dir).parents[1])
     try:
-        (train, validation), info = tfds.load(
-            "tf_flowers",
-            split=["train[:90%]", "train[90%:]"],
-            data_dir=flowers_folder(data_dir).parents[1],
-            as_supervised=True,
-            try_gcs=False,
-            with_info=True,
-            download_and_prepare_kwargs={"download_config": config},
-        )
+        builder.download_and_prepare(download_config=config)
     except OSError as error:  # also what a download that breaks off raises
         raise FetchError(f"tf_flowers cannot be prepared: {error}") from error
+    splits = ["train[:90%]", "train[90%:]"]
+    train, validation = builder.as_dataset(splits, as_supervised=True)
+    encoded = builder.as_dataset(
+        splits[0], as_supervised=True, decoders={"image": tfds.decode.SkipDecoding()}
+    )
     return Photographs(
         train,
         validation,
-        info.features["label"].names,
-        info.splits["train[:90%]"].num_examples,
-        info.splits["train[90%:]"].num_examples,
+        encoded.map(lambda image, label: label),
+        builder.info.features["label"].names,
+        *(builder.info.splits[split].num_examples for split in splits),
         "The photographs are tf_flowers: five kinds of flowers from Flickr.",
         "tf_flowers",
     )
@@ -228,6 +215,7 @@ def embedded_photographs(per_class=64, seed=0):
     return Photographs(
         sets["train"],
         sets["validation"],
+        sets["train"].map(lambda image, label: label),
         list(_EMBEDDED.values()),
         len(parts["train"][1]),
         len(parts["validation"][1]),
@@ -249,11 +237,11 @@ def photographs(data_dir=None):
     try:
         return flowers(data_dir)
     except FetchError:
-        found = embedded_photographs()
-        found.source = found.source.replace(
+        embedded = embedded_photographs()
+        embedded.source = embedded.source.replace(
             "The photographs", "tf_flowers cannot be had here, so the photographs"
         )
-        return found
+        return embedded
 
 
 # What the operating systems and notebooks leave in folders; not photographs.
@@ -264,10 +252,20 @@ def is_junk(path):
     return path.name.startswith(".") or path.name.lower() in JUNK_FILES
 
 
-def _examined(path):
-    """Return the hash of a photograph's file, or the `DatasetError` it deserves."""
+SHORT_SIDE = 320
+"""Pixels that photographs' shorter side keeps at least: more than a 224 px image needs, and
+little enough to be shuffled in memory."""
+
+
+def short_side_for(image_size, crop=1.0):
+    """Return the `short_side` that photographs are read with for a model's images."""
+    return max(SHORT_SIDE, math.ceil(max(pair("image_size", image_size)) / crop))
+
+
+def _digest(path):
+    """Return the hash of a photograph's file, or the error if it is damaged."""
     try:
-        read_photograph(path)
+        read_photograph(path, SHORT_SIDE)  # reads all of it, though at a fraction
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except (DatasetError, OSError) as error:
         return error
@@ -298,12 +296,12 @@ def _files_by_class(folder):
             + "".join(f" ({path.name})" for path in entries)
             + "; to tell classes apart takes at least two."
         )
-    found = {}
+    files = {}
     for entry in entries:
-        found[entry.name] = _files_in(entry)
-        if not found[entry.name]:
+        files[entry.name] = _files_in(entry)
+        if not files[entry.name]:
             raise DatasetError(f"{entry} holds no photographs. Fill it, or remove it.")
-    return found
+    return files
 
 
 def _split(digests, share, rng):
@@ -334,25 +332,20 @@ def photographs_in(paths):
     Raises:
         DatasetError: if there is no such file or folder.
     """
-    found = []
+    files = []
     for path in map(Path, paths):
         if path.is_dir():
-            found += _files_in(path)
+            files += _files_in(path)
         elif path.exists():
-            found.append(path)
+            files.append(path)
         else:
             raise DatasetError(f"There is no file or folder {path}.")
-    return found
+    return files
 
 
 def _listed(paths, most=20):
     names = [os.fspath(path) for path in paths[:most]]
     return ", ".join(names) + (f" and {len(paths) - most} others" if len(paths) > most else "")
-
-
-SHORT_SIDE = 320
-"""Pixels that photographs' shorter side is reduced to: more than a 224 px image needs, and
-little enough to be shuffled in memory."""
 
 
 def from_folder(folder, validation_split=0.1, seed=0, short_side=SHORT_SIDE):
@@ -375,27 +368,8 @@ def from_folder(folder, validation_split=0.1, seed=0, short_side=SHORT_SIDE):
             fewer than two classes, or fewer than two photographs in one. The message names
             them.
     """
-    folder = Path(folder)
-    files = _files_by_class(folder)
-    listed = [path for paths in files.values() for path in paths]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        examined = dict(zip(listed, pool.map(_examined, listed), strict=True))
-    errors = {path: error for path, error in examined.items() if isinstance(error, Exception)}
-    if errors:
-        first, *others = errors
-        more = f" {len(others)} more cannot be read: {_listed(others)}." if others else ""
-        raise DatasetError(f"{errors[first]}{more}")
-    owners = {}
-    for name, paths in files.items():
-        for path in paths:
-            other, first = owners.setdefault(examined[path], (name, path))
-            if other != name:
-                raise DatasetError(f"{path} is the same photograph as {first}, of another class.")
-        if len({examined[path] for path in paths}) < 2:
-            raise DatasetError(
-                f"{folder / name} needs two different photographs at least, one to train on and "
-                f"one to validate on; it holds {', '.join(path.name for path in paths)}."
-            )
+    files = _files_by_class(Path(folder))
+    digests = _digests(files)
 
     def read(path, label):
         image = tf.numpy_function(
@@ -406,7 +380,7 @@ def from_folder(folder, validation_split=0.1, seed=0, short_side=SHORT_SIDE):
     rng = np.random.default_rng(seed)
     parts = ([], [])
     for label, paths in enumerate(files.values()):
-        split = _split({path: examined[path] for path in paths}, validation_split, rng)
+        split = _split({path: digests[path] for path in paths}, validation_split, rng)
         for part, chosen in zip(parts, split, strict=True):
             part.extend((os.fspath(path), label) for path in chosen)
     sets = []
@@ -414,21 +388,45 @@ def from_folder(folder, validation_split=0.1, seed=0, short_side=SHORT_SIDE):
         # Class after class would leave the shuffling, which looks a few hundred ahead,
         # with batches of one class.
         paths, labels = zip(*[part[i] for i in rng.permutation(len(part))], strict=True)
-        dataset = tf.data.Dataset.from_tensor_slices((list(paths), np.array(labels)))
-        sets.append(dataset.map(read, num_parallel_calls=tf.data.AUTOTUNE))
+        sets.append(tf.data.Dataset.from_tensor_slices((list(paths), np.array(labels))))
     return Photographs(
-        *sets,
+        *(files.map(read, num_parallel_calls=tf.data.AUTOTUNE) for files in sets),
+        sets[0].map(lambda path, label: label),
         list(files),
         *map(len, parts),
-        f"The photographs are those of the folder {folder.name}.",
-        folder.name,
+        f"The photographs are those of the folder {Path(folder).name}.",
+        Path(folder).name,
     )
 
 
-def class_counts(photos, classes):
-    """Return how many photographs a dataset of (image, label) holds of each class."""
-    labels = [int(label) for label in photos.map(lambda image, label: label)]
-    return np.bincount(labels, minlength=classes)
+def _digests(files):
+    """Return {file: hash of its bytes} of {class name: files}, or raise a `DatasetError`."""
+    listed = [path for paths in files.values() for path in paths]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = dict(zip(listed, pool.map(_digest, listed), strict=True))
+    errors = {path: error for path, error in digests.items() if isinstance(error, Exception)}
+    if errors:
+        first, *others = errors
+        more = f" {len(others)} more cannot be read: {_listed(others)}." if others else ""
+        raise DatasetError(f"{errors[first]}{more}")
+    owners = {}
+    for name, paths in files.items():
+        for path in paths:
+            owner, first = owners.setdefault(digests[path], (name, path))
+            if owner != name:
+                raise DatasetError(f"{path} is the same photograph as {first}, of another class.")
+        if len({digests[path] for path in paths}) < 2:
+            raise DatasetError(
+                f"The class {name} needs two different photographs at least, one to train on and "
+                f"one to validate on; it holds {', '.join(map(os.fspath, paths))}."
+            )
+    return digests
+
+
+def class_counts(photos):
+    """Return how many training photographs there are of each class: (classes,)."""
+    labels = [int(label) for label in photos.train_labels]
+    return np.bincount(labels, minlength=len(photos.class_names))
 
 
 def class_weights(counts):

@@ -5,27 +5,39 @@ import time
 
 import keras
 import numpy as np
+import tensorflow as tf
+
+from gcvit.fine_tuning.training import assign, values_of
 
 
-def confusion_matrix(labels, predicted, classes):
-    """Return how often each class, a row, was taken for each class, a column.
+def predict(model, batches):
+    """Return the labels of photographs and a model's answers, from one pass over them.
 
     Args:
-        labels: true class of each photograph.
-        predicted: predicted class of each photograph.
-        classes: number of classes.
+        model: a model that gives probabilities.
+        batches: `tf.data.Dataset` of (images, labels).
+
+    Returns:
+        NumPy arrays: (photographs,) labels and (photographs, classes) probabilities.
     """
-    matrix = np.zeros((classes, classes), dtype=int)
-    np.add.at(matrix, (np.asarray(labels), np.asarray(predicted)), 1)
-    return matrix
+    parts = [(labels, model.predict_on_batch(images)) for images, labels in batches]
+    labels, probabilities = zip(*parts, strict=True)
+    return np.concatenate(labels), np.concatenate(probabilities)
 
 
 def precision_and_recall(matrix):
     """Return each class's precision and recall from a confusion matrix.
 
     Precision is the share of right answers among those that name the class; recall is the
-    share of the class that is found. Where there is nothing to divide by, NaN.
+    share of the class that is found. Where there is nothing to divide by, NaN: Keras's metrics
+    give one number for all classes and 0 there, and this is no reason to install another
+    library.
+
+    Args:
+        matrix: (classes, classes), as `tf.math.confusion_matrix` returns it: how often each
+            class, a row, was taken for each class, a column.
     """
+    matrix = np.asarray(matrix)
     right = np.diag(matrix).astype(float)
     named, there = matrix.sum(axis=0), matrix.sum(axis=1)
     nothing = np.full_like(right, np.nan)
@@ -84,9 +96,9 @@ def evaluate(model, batches, class_names):
         A dict: "accuracy", "calibration_error", "confusion_matrix", and "per_class", {name:
         {"precision", "recall", "photographs"}}, where `None` stands for 0 of 0.
     """
-    probabilities = model.predict(batches, verbose=0)
-    labels = np.concatenate([labels for _, labels in batches])
-    matrix = confusion_matrix(labels, probabilities.argmax(-1), len(class_names))
+    labels, probabilities = predict(model, batches)
+    classes = len(class_names)
+    matrix = tf.math.confusion_matrix(labels, probabilities.argmax(-1), classes).numpy()
     rates = [
         [None if np.isnan(rate) else float(rate) for rate in rates]
         for rates in precision_and_recall(matrix)
@@ -135,11 +147,12 @@ def training_speed(model, batches, steps=4):
     batch = batches.take(1).cache()
     size = len(next(iter(batch))[0])
     variables = [*model.variables, *model.optimizer.variables]
-    kept = [keras.ops.convert_to_numpy(variable) for variable in variables]
+    values = values_of(variables)
     stopwatch = _Stopwatch()
-    model.fit(batch.repeat(steps), verbose=0, shuffle=False, callbacks=[stopwatch])
-    for variable, value in zip(variables, kept, strict=True):
-        variable.assign(value)
+    try:
+        model.fit(batch.repeat(steps), verbose=0, shuffle=False, callbacks=[stopwatch])
+    finally:
+        assign(variables, values)
     return size * (steps - 1) / stopwatch.seconds
 
 

@@ -1,51 +1,92 @@
-"""From photographs to batches: resize, augment, shuffle, mix."""
+"""From photographs to batches: resize, augment, shuffle, mix.
+
+An epoch's order and all its draws follow from two integers, the seed and the epoch, and from
+nothing that is kept: a run that is cut off goes on with what it would have been given.
+"""
+
+import dataclasses
 
 import keras
 import tensorflow as tf
 
-from gcvit.images import normalize
+from gcvit.checks import pair
+from gcvit.images import normalize, resize
+
+if keras.backend.backend() != "tensorflow":
+    # TensorFlow only feeds: the GPU's memory is for the backend that computes.
+    try:
+        tf.config.set_visible_devices([], "GPU")
+    except RuntimeError:  # it has been started already, by someone who may need it
+        pass
 
 
-def resize(image, image_size):
-    """Resize an image bicubically, antialiased, as the checkpoints were trained with.
+def resized(image, image_size, crop=1.0, box=None):
+    """Do `gcvit.images.resize` as an operation of a pipeline; a box is four numbers."""
+    if box is None:
+        result = tf.numpy_function(lambda x: resize(x, image_size, crop), [image], tf.uint8)
+    else:
+        result = tf.numpy_function(
+            lambda x, edges: resize(x, image_size, box=edges.tolist()), [image, box], tf.uint8
+        )
+    return tf.ensure_shape(result, (*pair("image_size", image_size), 3))
+
+
+def in_memory(photos, image_size):
+    """Return `Photographs` whose images are resized, and kept after the first pass over them.
 
     Args:
-        image: (height, width, 3), 0 to 255.
-        image_size: side of the square that comes out, in pixels, or (height, width).
+        photos: `Photographs`.
+        image_size: see `make_dataset`.
     """
-    size = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
-    image = tf.image.resize(image, size, method="bicubic", antialias=True)
-    return tf.clip_by_value(image, 0.0, 255.0)
+
+    def small(part):
+        return part.map(
+            lambda image, label: (resized(image, image_size), label),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        ).cache()
+
+    return dataclasses.replace(
+        photos, train=small(photos.train), validation=small(photos.validation)
+    )
 
 
-def flip(image, image_size, seed):
-    """Resize, and mirror half of the images: the original notebook's augmentation."""
-    return tf.image.stateless_random_flip_left_right(resize(image, image_size), seed)
-
-
-def crop_and_color(image, image_size, seed, smallest=0.35):
-    """Crop at random, resize, mirror, and vary brightness, contrast and saturation.
+def random_box(image, seed, smallest):
+    """Draw a part of an image: (left, upper, right, lower), float32.
 
     Args:
-        image: (height, width, 3), 0 to 255.
-        image_size: side of the square that comes out, in pixels.
+        image: (height, width, 3).
         seed: two integers.
-        smallest: least share of the image's area that a crop keeps; default 0.35.
+        smallest: least share of the image's area; the part's sides are as 3 to 4 at most.
     """
-    seeds = tf.random.split(seed, 5)
     begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
         tf.shape(image),
         tf.zeros((1, 0, 4)),
-        seeds[0],
+        seed,
         area_range=(smallest, 1.0),
         aspect_ratio_range=(3 / 4, 4 / 3),
         use_image_if_no_bounding_boxes=True,
     )
-    image = resize(tf.slice(image, begin, extent), image_size)
-    image = tf.image.stateless_random_flip_left_right(image, seeds[1]) / 255.0
-    image = tf.image.stateless_random_brightness(image, 0.2, seeds[2])
-    image = tf.image.stateless_random_contrast(image, 0.7, 1.3, seeds[3])
-    image = tf.image.stateless_random_saturation(image, 0.7, 1.3, seeds[4])
+    upper_left, size = begin[1::-1], extent[1::-1]
+    return tf.cast(tf.concat([upper_left, upper_left + size], axis=0), "float32")
+
+
+def flip(image, seed):
+    """Mirror half of the images: the original notebook's augmentation.
+
+    Args:
+        image: (height, width, 3) float32, 0 to 255, of the model's size.
+        seed: two integers.
+    """
+    return tf.image.stateless_random_flip_left_right(image, seed)
+
+
+def flip_and_color(image, seed):
+    """Mirror, and vary brightness, contrast and saturation. For the arguments see `flip`."""
+    seeds = tf.random.split(seed, 4)
+    image = flip(image, seeds[0]) / 255.0
+    image = tf.image.stateless_random_brightness(image, 0.2, seeds[1])
+    image = tf.image.stateless_random_contrast(image, 0.7, 1.3, seeds[2])
+    image = tf.image.stateless_random_saturation(image, 0.7, 1.3, seeds[3])
     return 255.0 * tf.clip_by_value(image, 0.0, 1.0)
 
 
@@ -121,9 +162,8 @@ def rand_augment(strength=0.2, operations=2):
         draw = layer.get_random_transformation(image[None], training=True, seed=_Drawn(seed))
         return layer.transform_images(image[None], draw, training=True)[0]
 
-    def augment(image, image_size, seed):
-        image = flip(image, image_size, seed)
-        shape = image.shape
+    def augment(image, seed):
+        image = flip(image, seed)
         for drawn in tf.unstack(tf.random.split(seed, operations), operations):
             which = tf.random.stateless_uniform([], drawn, 0, len(choices), tf.int32)
             # Each branch is bound to the image now, not when it is called.
@@ -131,72 +171,91 @@ def rand_augment(strength=0.2, operations=2):
                 lambda image=image, layer=layer, drawn=drawn: apply(layer, image, drawn)
                 for layer in choices
             ]
-            image = tf.ensure_shape(tf.switch_case(which, branches), shape)
+            image = tf.ensure_shape(tf.switch_case(which, branches), image.shape)
         return image
 
     return augment
 
 
-def _pass(seed, epoch):
-    """Return a dataset of one element, two integers that are others in each pass."""
-    if epoch is None:
-        numbers = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).take(1)
-    else:
-        numbers = tf.data.Dataset.from_tensors(0).map(lambda _: epoch.read_value())
-    return numbers.map(lambda number: tf.stack([tf.cast(seed, tf.int64), number]))
+def _seeds(*numbers):
+    return tf.stack([tf.cast(number, tf.int64) for number in numbers])
 
 
-def _fold(seed, number):
-    return tf.random.experimental.stateless_fold_in(seed, number)
-
-
-def _sized(dataset, like):
-    """Tell a dataset that it has as many elements as another, where that is known."""
-    count = like.cardinality()
-    return dataset if count < 0 else dataset.apply(tf.data.experimental.assert_cardinality(count))
-
-
-def make_dataset(photos, image_size, batch_size=32, train=False, augment=flip, seed=0, epoch=None):
-    """Turn photographs into batches that a model takes.
+def make_dataset(
+    photos,
+    image_size,
+    batch_size=32,
+    train=False,
+    augment=flip,
+    seed=0,
+    epoch=0,
+    crop=1.0,
+    smallest=None,
+):
+    """Turn photographs into batches that a model takes: one pass over them.
 
     Args:
         photos: `tf.data.Dataset` of (image, label), images as in `Photographs`.
         image_size: side of the images in pixels, or (height, width).
         batch_size: images a batch; default 32.
         train: whether to shuffle and augment; default `False`.
-        augment: function of (image, image_size, two random integers) that returns an
-            image of that size; default `flip`.
+        augment: function of (image, two random integers) that changes an image; default
+            `flip`.
         seed: seed of order and augmentation; default 0.
-        epoch: `tf.Variable`, int64, from whose value at the beginning of a pass the order
-            and all draws of that pass follow. Default `None`: each pass draws anew.
+        epoch: number of the pass, an integer or a scalar tensor: each has draws of its own;
+            default 0.
+        crop: share of the photograph that is looked at, see `gcvit.images.center_box`;
+            default 1.
+        smallest: least share of the area of a photograph that training looks at, a
+            `random_box` of it; default `None`: training looks at what the evaluation does.
 
     Returns:
         `tf.data.Dataset` of ((batch, height, width, 3) float32, normalized; (batch,) labels).
     """
 
-    def shuffled(seed):
+    def shuffled(seeds):
         # This function's own; TensorFlow's global seed would be mixed in, and fails if it is 0.
         tf.compat.v1.set_random_seed(1)
-        order = photos.shuffle(10 * batch_size, seed=seed[1], reshuffle_each_iteration=False)
-        return order.enumerate().map(lambda i, photo: (*photo, _fold(seed, i)))
+        number = tf.random.stateless_uniform([], seeds, dtype=tf.int64, minval=None, maxval=None)
+        order = photos.shuffle(10 * batch_size, seed=number, reshuffle_each_iteration=False)
+        return order.enumerate().map(lambda i, photo: (*photo, _fold(seeds, i)))
 
     def prepare(image, label, seed=None):
-        image = resize(image, image_size) if seed is None else augment(image, image_size, seed)
-        return normalize(image), label
+        if seed is None:
+            return normalize(tf.cast(resized(image, image_size, crop), "float32")), label
+        box = None if smallest is None else random_box(image, _fold(seed, -1), smallest)
+        image = tf.cast(resized(image, image_size, crop, box), "float32")
+        return normalize(augment(image, seed)), label
 
-    found = photos
+    one_pass = photos
     if train:
-        found = _sized(_pass(seed, epoch).flat_map(shuffled), photos)
-    found = found.map(prepare, num_parallel_calls=tf.data.AUTOTUNE)
-    return without_autotune(found.batch(batch_size).prefetch(tf.data.AUTOTUNE))
+        one_pass = tf.data.Dataset.from_tensors(_seeds(seed, epoch)).flat_map(shuffled)
+    images = one_pass.map(prepare, num_parallel_calls=tf.data.AUTOTUNE)
+    return without_autotune(images.batch(batch_size).prefetch(tf.data.AUTOTUNE))
+
+
+def every_epoch(batches, first, last):
+    """Return the batches of one epoch after another.
+
+    Args:
+        batches: function of an epoch's number that returns its batches.
+        first: number of the first epoch.
+        last: number of the epoch after the last one.
+    """
+    epochs = tf.data.Dataset.range(first, last).flat_map(batches)
+    return without_autotune(epochs.prefetch(tf.data.AUTOTUNE))
+
+
+def _fold(seed, number):
+    return tf.random.experimental.stateless_fold_in(seed, number)
 
 
 def without_autotune(dataset):
     """Return a `tf.data.Dataset` that ends when its last element is taken.
 
-    TensorFlow tunes a pipeline in a thread that sleeps 10 ms, then twice as long each time. Often
-    the end of a pass waits until that thread wakes: one of 1.5 s took 2.6 s. This one has no such
-    thread; where a number is to be tuned, TensorFlow takes a fixed one.
+    TensorFlow tunes a pipeline in a thread that sleeps, each time longer, and the end of a pass
+    waits until it wakes. This one has no such thread; where a number is to be tuned, TensorFlow
+    takes a fixed one.
     """
     options = tf.data.Options()
     options.autotune.enabled = False
@@ -208,7 +267,7 @@ def one_hot(batches, classes):
     return batches.map(lambda images, labels: (images, tf.one_hot(labels, classes)))
 
 
-def mix(batches, seed=0, epoch=None):
+def mix(batches, seed=0, first=0):
     """Blend the images of two batches in three, and their labels with them.
 
     By turns, a batch is blended pixel by pixel (MixUp), gets rectangles of its other images
@@ -217,7 +276,8 @@ def mix(batches, seed=0, epoch=None):
     Args:
         batches: `tf.data.Dataset` of (images, one-hot labels).
         seed: seed of the blending; default 0.
-        epoch: see `make_dataset`.
+        first: number of the first batch, from which and the seed its blending follows;
+            default 0.
     """
     mixers = [_for_pipelines(keras.layers.MixUp(0.2)), _for_pipelines(keras.layers.CutMix(1.0))]
 
@@ -226,19 +286,15 @@ def mix(batches, seed=0, epoch=None):
         draw = layer.get_random_transformation(data, training=True, seed=_Drawn(seed))
         return layer.transform_images(images, draw), layer.transform_labels(labels, draw)
 
-    def blend(number, batch, seed):
+    def blend(number, batch):
         images, labels = batch
-        seed = _fold(seed, number)
-        branches = [lambda layer=layer: apply(layer, images, labels, seed) for layer in mixers]
+        drawn = _seeds(seed + 1, number)
+        branches = [lambda layer=layer: apply(layer, images, labels, drawn) for layer in mixers]
         which = tf.cast(number % 3, tf.int32)
         mixed, shares = tf.switch_case(which, [*branches, lambda: (images, labels)])
         return tf.ensure_shape(mixed, images.shape), tf.ensure_shape(shares, labels.shape)
 
-    # A stream of its own: the same integers also draw the augmentation.
-    seeds = _pass(seed + 1, epoch).flat_map(lambda one: tf.data.Dataset.from_tensors(one).repeat())
-    numbered = tf.data.Dataset.zip(batches.enumerate(), seeds)
-    mixed = numbered.map(lambda pair, seed: blend(*pair, seed))
-    return _sized(mixed, batches).prefetch(tf.data.AUTOTUNE)
+    return batches.enumerate(first).map(blend).prefetch(tf.data.AUTOTUNE)
 
 
 def pad_last_batch(batches, batch_size, count):

@@ -1,81 +1,31 @@
 """The two recipes of the chapter, and what they are made of."""
 
-import dataclasses
 from pathlib import Path
 
 import keras
-import numpy as np
 
 from gcvit.fine_tuning.pipeline import (
+    every_epoch,
     make_dataset,
     mix,
     one_hot,
     pad_last_batch,
     rand_augment,
 )
-from gcvit.fine_tuning.training import Run, TrainingState, jit_compile, make_variables
+from gcvit.fine_tuning.training import Run, TrainingState, jit_compile
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a run of the chapter consists of.
-
-    Attributes:
-        name: "quick", "full" or "brief".
-        preset: the model, a name in `gcvit.PRESETS`.
-        weights: its weights, as `GCViT.from_preset` takes them.
-        image_size: side of the images in pixels.
-        train_size: photographs to train on; `None` for all.
-        validation_size: photographs to validate on; `None` for all.
-        epochs: passes over them.
-        batch_size: images a step.
-        dtype: what it is computed in: "float32", or a mixed precision.
-        recipe: name of one of `RECIPES`.
-        notes: sentences that say why, and what is left out.
-    """
-
-    name: str
-    preset: str
-    weights: str
-    image_size: int
-    train_size: int | None
-    validation_size: int | None
-    epochs: int
-    batch_size: int
-    dtype: str
-    recipe: str
-    notes: tuple
-
-
-@keras.saving.register_keras_serializable(package="gcvit")
-class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
-    """Raise the learning rate evenly, then lower it along half a cosine to 0.
+def warmup_cosine(peak, warmup_steps, steps):
+    """Return a schedule that rises evenly from 0, then falls along half a cosine to 0.
 
     Args:
         peak: highest learning rate.
         warmup_steps: steps from 0 to the peak.
-        total_steps: steps after which the rate is 0.
+        steps: all steps, those of the warm-up included.
     """
-
-    def __init__(self, peak, warmup_steps, total_steps):
-        self.peak = peak
-        self.warmup_steps = warmup_steps
-        self.total_steps = total_steps
-
-    def __call__(self, step):
-        ops = keras.ops
-        step = ops.cast(step, "float32")
-        warmup = (step + 1) / max(self.warmup_steps, 1)
-        rest = (step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
-        cosine = 0.5 * (1 + ops.cos(np.pi * ops.clip(rest, 0.0, 1.0)))
-        return self.peak * ops.minimum(warmup, cosine)
-
-    def get_config(self):
-        return {
-            "peak": self.peak,
-            "warmup_steps": self.warmup_steps,
-            "total_steps": self.total_steps,
-        }
+    return keras.optimizers.schedules.CosineDecay(
+        0.0, max(steps - warmup_steps, 1), warmup_target=peak, warmup_steps=warmup_steps
+    )
 
 
 def layer_rates(model, decay=0.75):
@@ -144,17 +94,19 @@ def adamw(learning_rate, weight_decay=0.05, rates=None, **kwargs):
     return optimizer
 
 
-def _described(model, photos, plan, recipe, **settings):
-    """Return what two runs share of which one can go on from the other's backup."""
-    described = {
-        "recipe": recipe,
-        "classes": list(photos.class_names),
-        "photographs": [photos.train_size, photos.validation_size],
-        "weights' shapes": [list(variable.shape) for variable in model.weights],
-    }
-    for name in ("image_size", "epochs", "batch_size", "dtype"):
-        described[name] = getattr(plan, name)
-    return {**described, **settings}
+def _compile(model, optimizer, loss):
+    """Compile a model, and make its optimizer's variables, which a backup is read into.
+
+    Raises:
+        ValueError: if the model has no weights yet to make them for.
+    """
+    if not model.built:
+        raise ValueError(
+            "The model has no weights yet, so nothing can be trained. Build it first: "
+            "model.build((None, height, width, 3))."
+        )
+    model.compile(optimizer, loss, weighted_metrics=["accuracy"], jit_compile=jit_compile())
+    model.optimizer.build(model.trainable_variables)
 
 
 def _distributed():
@@ -162,29 +114,45 @@ def _distributed():
     return keras.distribution.distribution() is not None
 
 
-def _steps_an_epoch(photos, plan):
-    whole, rest = divmod(photos.train_size, plan.batch_size)
+def _steps(photos, batch_size):
+    """Return the steps of an epoch; where they are shared out, all batches are full."""
+    whole, rest = divmod(photos.train_size, batch_size)
     return whole + (rest > 0 and not _distributed())
 
 
-def _run(train, validation, photos, plan, keeper):
-    """Return the `Run`. Where batches are shared out among devices all of them are full."""
+def _run(model, photos, batches, validation, settings, backup, **keeping):
+    """Return the `Run`.
+
+    A run that goes on from a backup must have the same `settings`; `keeping` is for its
+    `TrainingState`.
+    """
+    batch_size = settings["batch_size"]
     if _distributed():
-        train = train.take(_steps_an_epoch(photos, plan))
-        validation = pad_last_batch(validation, plan.batch_size, photos.validation_size)
-    return Run(train, validation, plan.epochs, keeper)
+        validation = pad_last_batch(validation, batch_size, photos.validation_size)
+    described = {
+        "classes": list(photos.class_names),
+        "photographs": [photos.train_size, photos.validation_size],
+        "weights' shapes": [list(variable.shape) for variable in model.weights],
+        "dtype": model.dtype_policy.name,
+        **settings,
+    }
+    state = TrainingState(model, described, backup and Path(backup) / "run.npz", **keeping)
+    return Run(batches, validation, settings["epochs"], _steps(photos, batch_size), state)
 
 
-def original(model, photos, plan, backup=None, seed=0):
+def original(model, photos, image_size, epochs=5, batch_size=32, crop=1.0, backup=None, seed=0):
     """Prepare the recipe of the original notebook: flips, Adam at 1e-3, nothing else.
 
     Under a `keras.distribution` an epoch's last batch is left out if it is not full, and the
-    validation's last one is `pad_last_batch`: devices take equal parts.
+    validation's last one is filled by `pad_last_batch`: devices take equal parts.
 
     Args:
         model: a `GCViT` that gives probabilities; it is compiled.
         photos: `Photographs`.
-        plan: the `Plan`, for the image size, the batch size and the epochs.
+        image_size: side of the model's images in pixels, or (height, width).
+        epochs: passes over the photographs; default 5.
+        batch_size: photographs a step; default 32.
+        crop: see `gcvit.images.center_box`; default 1. The preset names its own.
         backup: folder to keep the state of a training run in that is cut off; default
             `None`: it is not kept.
         seed: seed of the photographs' order and of all that is done to them; default 0.
@@ -192,23 +160,28 @@ def original(model, photos, plan, backup=None, seed=0):
     Returns:
         A `Run`, for `fit`.
     """
-    size = plan.image_size, plan.batch_size
-    model.compile(
-        keras.optimizers.Adam(1e-3),
-        "sparse_categorical_crossentropy",
-        weighted_metrics=["accuracy"],
-        jit_compile=jit_compile(),
-    )
-    make_variables(model, np.zeros(1), len(photos.class_names))
-    described = _described(model, photos, plan, "original", seed=seed)
-    keeper = TrainingState(model, described, backup and Path(backup) / "run.npz", leave_best=False)
-    train = make_dataset(photos.train, *size, train=True, seed=seed, epoch=keeper.pass_number)
-    return _run(train, make_dataset(photos.validation, *size), photos, plan, keeper)
+    settings = {"recipe": "original", "image_size": image_size, "epochs": epochs}
+    settings |= {"batch_size": batch_size, "crop": crop, "seed": seed}
+    size = image_size, batch_size
+    _compile(model, keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy")
+
+    steps = _steps(photos, batch_size)
+
+    def one_pass(epoch):
+        batches = make_dataset(photos.train, *size, train=True, seed=seed, epoch=epoch, crop=crop)
+        return batches.take(steps)
+
+    def batches(first):
+        return every_epoch(one_pass, first, epochs)
+
+    validation = make_dataset(photos.validation, *size, crop=crop)
+    return _run(model, photos, batches, validation, settings, backup, leave_best=False)
 
 
 def finetune(
-    model, photos, plan, backup=None, seed=0, peak=1e-3, layer_decay=0.75, strength=0.2, patience=3
-):
+    model, photos, image_size, epochs=5, batch_size=32, crop=1.0, backup=None, seed=0,
+    peak=1e-3, layer_decay=0.75, strength=0.2, patience=3,
+):  # fmt: skip
     """Prepare a recipe that holds on to what the pretrained model knows.
 
     AdamW with warmup and cosine, lower rates for the earlier layers, RandAugment, MixUp and
@@ -217,7 +190,10 @@ def finetune(
     Args:
         model: see `original`.
         photos: see `original`.
-        plan: see `original`.
+        image_size: see `original`.
+        epochs: see `original`.
+        batch_size: see `original`.
+        crop: see `original`.
         backup: see `original`.
         seed: see `original`.
         peak: highest learning rate; default 1e-3.
@@ -230,35 +206,34 @@ def finetune(
     Returns:
         See `original`. Labels are one-hot here.
     """
-    classes, size = len(photos.class_names), (plan.image_size, plan.batch_size)
-    steps = plan.epochs * _steps_an_epoch(photos, plan)
-    model.compile(
-        adamw(
-            WarmupCosine(peak, steps // 10, steps),
-            rates=layer_rates(model, layer_decay),
-            global_clipnorm=1.0,
-            use_ema=True,
-            ema_momentum=1 - 1 / max(steps / 10, 2),  # the average spans a tenth of the run
-        ),
-        keras.losses.CategoricalCrossentropy(label_smoothing=0.1),
-        weighted_metrics=["accuracy"],
-        jit_compile=jit_compile(),
+    settings = {"recipe": "finetune", "image_size": image_size, "epochs": epochs}
+    settings |= {"batch_size": batch_size, "crop": crop, "seed": seed}
+    settings |= {"peak": peak, "layer_decay": layer_decay, "strength": strength}
+    classes, size = len(photos.class_names), (image_size, batch_size)
+    steps = _steps(photos, batch_size)
+    tenth = epochs * steps / 10
+    optimizer = adamw(
+        warmup_cosine(peak, int(tenth), epochs * steps),
+        rates=layer_rates(model, layer_decay),
+        global_clipnorm=1.0,
+        use_ema=True,
+        ema_momentum=1 - 1 / max(tenth, 2),  # the average spans a tenth of the run
     )
-    make_variables(model, np.zeros((1, classes)), classes)
-    settings = {"peak": peak, "layer_decay": layer_decay, "strength": strength}
-    described = _described(model, photos, plan, "finetune", seed=seed, **settings)
-    keeper = TrainingState(model, described, backup and Path(backup) / "run.npz", patience)
-    train = make_dataset(
-        photos.train,
-        *size,
-        train=True,
-        augment=rand_augment(strength),
-        seed=seed,
-        epoch=keeper.pass_number,
-    )
-    train = mix(one_hot(train, classes), seed, keeper.pass_number)
-    validation = one_hot(make_dataset(photos.validation, *size), classes)
-    return _run(train, validation, photos, plan, keeper)
+    _compile(model, optimizer, keras.losses.CategoricalCrossentropy(label_smoothing=0.1))
+    augment = rand_augment(strength)
+
+    def one_pass(epoch):
+        batches = make_dataset(
+            photos.train, *size, train=True, augment=augment, seed=seed, epoch=epoch, crop=crop
+        )
+        return batches.take(steps)
+
+    def batches(first):
+        passes = every_epoch(one_pass, first, epochs)
+        return mix(one_hot(passes, classes), seed, first * steps)
+
+    validation = one_hot(make_dataset(photos.validation, *size, crop=crop), classes)
+    return _run(model, photos, batches, validation, settings, backup, patience=patience)
 
 
 RECIPES = {"original": original, "finetune": finetune}

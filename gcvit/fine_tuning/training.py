@@ -1,5 +1,6 @@
 """A training run that can be cut off and goes on where it was."""
 
+import collections.abc
 import dataclasses
 import json
 import os
@@ -62,7 +63,6 @@ class TrainingState(keras.callbacks.Callback):
         self.file = Path(file) if file else None
         self.patience = patience
         self.leave_best = leave_best
-        self.pass_number = tf.Variable(0, dtype="int64", trainable=False)
         self.logs = []
         self.best_epoch, self.best_weights = None, None
         self.trained = None  # the weights that are trained on, while averages stand in
@@ -80,7 +80,7 @@ class TrainingState(keras.callbacks.Callback):
         waited = len(self.logs) - 1 - (self.best_epoch or 0)
         return self.patience is not None and waited >= self.patience
 
-    def state(self):
+    def variables(self):
         """Return the variables that a run goes on from."""
         return [*self.model.variables, *self.model.optimizer.variables]
 
@@ -94,37 +94,33 @@ class TrainingState(keras.callbacks.Callback):
             return
         way_out = "To start anew, delete it; to keep it, name another folder."
         try:
-            with np.load(self.file) as kept:
-                said = json.loads(str(kept["said"]))
-                values = [kept[f"state{i}"] for i in range(said["states"])]
-                best = [kept[f"best{i}"] for i in range(said["bests"])]
+            with np.load(self.file) as arrays:
+                notes = json.loads(str(arrays["notes"]))
+                values = [arrays[f"state{i}"] for i in range(notes["states"])]
+                best = [arrays[f"best{i}"] for i in range(notes["bests"])]
         except Exception as error:  # whatever a damaged file raises
             raise BackupError(f"{self.file} cannot be read ({error}). {way_out}") from error
         for name, here in self.run.items():
-            if said["run"].get(name) != here:
+            if notes["run"].get(name) != here:
                 raise BackupError(
-                    f"{self.file} is of another run: its {name} is {said['run'].get(name)}, here "
+                    f"{self.file} is of another run: its {name} is {notes['run'].get(name)}, here "
                     f"it is {here}. {way_out}"
                 )
-        for variable, value in zip(self.state(), values, strict=True):
-            variable.assign(value)
-        self.logs, self.best_epoch, self.best_weights = (
-            said["logs"],
-            said["best_epoch"],
-            best or None,
-        )
+        assign(self.variables(), values)
+        self.logs, self.best_epoch = notes["logs"], notes["best_epoch"]
+        self.best_weights = best or None
 
     def write(self):
         """Write what `resume` reads; the file is whole or the one before, never a part."""
-        state = [keras.ops.convert_to_numpy(variable) for variable in self.state()]
-        said = {"run": self.run, "logs": self.logs, "best_epoch": self.best_epoch}
-        said |= {"states": len(state), "bests": len(self.best_weights or [])}
+        state, best = values_of(self.variables()), self.best_weights or []
+        notes = {"run": self.run, "logs": self.logs, "best_epoch": self.best_epoch}
+        notes |= {"states": len(state), "bests": len(best)}
         arrays = {f"state{i}": value for i, value in enumerate(state)}
-        arrays |= {f"best{i}": value for i, value in enumerate(self.best_weights or [])}
+        arrays |= {f"best{i}": value for i, value in enumerate(best)}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.file.with_suffix(".part")
         with open(unfinished, "wb") as file:
-            np.savez(file, said=json.dumps(said), **arrays)
+            np.savez(file, notes=json.dumps(notes), **arrays)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, self.file)
@@ -137,18 +133,14 @@ class TrainingState(keras.callbacks.Callback):
     def take_averages(self):
         """Have the averages stand in for the weights that are trained on, if there are any."""
         variables = self.model.trainable_variables
-        self.trained = [keras.ops.convert_to_numpy(variable) for variable in variables]
+        self.trained = values_of(variables)
         self.model.optimizer.finalize_variable_values(variables)
 
     def return_trained(self):
-        """Undo `take_averages`."""
+        """Undo `take_averages`, if it was called."""
         if self.trained is not None:
-            for variable, value in zip(self.model.trainable_variables, self.trained, strict=True):
-                variable.assign(value)
+            assign(self.model.trainable_variables, self.trained)
             self.trained = None
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.pass_number.assign(epoch)
 
     def on_test_begin(self, logs=None):
         self.take_averages()
@@ -163,11 +155,23 @@ class TrainingState(keras.callbacks.Callback):
         self.return_trained()
         if self.file:
             self.write()
-        self.model.stop_training = self.ended
+        if self.ended:  # never set to False: another callback may have ended the run
+            self.model.stop_training = True
 
     def on_train_end(self, logs=None):
         if self.leave_best:
             self.restore_best()
+
+
+def values_of(variables):
+    """Return copies of the values of variables, for `assign`."""
+    return [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
+
+
+def assign(variables, values):
+    """Give variables the values that `values_of` returned."""
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
 
 
 @dataclasses.dataclass
@@ -175,16 +179,18 @@ class Run:
     """A training run, ready for `fit`.
 
     Attributes:
-        train: batches to train on.
+        batches: function of an epoch's number that returns the batches of all epochs from it.
         validation: batches to validate on.
         epochs: passes over them.
-        keeper: its `TrainingState`.
+        steps: batches of an epoch.
+        state: its `TrainingState`.
     """
 
-    train: tf.data.Dataset
+    batches: collections.abc.Callable[[int], tf.data.Dataset]
     validation: tf.data.Dataset
     epochs: int
-    keeper: TrainingState
+    steps: int
+    state: TrainingState
 
 
 def fit(model, run, verbose="auto", callbacks=(), on_best=None, **kwargs):
@@ -209,52 +215,37 @@ def fit(model, run, verbose="auto", callbacks=(), on_best=None, **kwargs):
     Raises:
         BackupError: if the backup is damaged or another run's.
     """
-    keeper = run.keeper
-    keeper.on_best, keeper.interrupted = on_best, False
-    keeper.resume()
-    done = len(keeper.logs)
+    state = run.state
+    state.on_best, state.interrupted = on_best, False
+    state.resume()
+    done = len(state.logs)
     if done:
         print(f"Going on after epoch {done} of {run.epochs}.")
     try:
-        if done < run.epochs and not keeper.ended:
-            model.fit(
-                run.train,
-                validation_data=run.validation,
-                epochs=run.epochs,
-                initial_epoch=done,
-                callbacks=[*callbacks, keeper],
-                shuffle=False,  # the batches are shuffled already
-                verbose=verbose,
-                **kwargs,
-            )
+        if done < run.epochs and not state.ended:
+            try:
+                model.fit(
+                    run.batches(done),
+                    validation_data=run.validation,
+                    epochs=run.epochs,
+                    initial_epoch=done,
+                    steps_per_epoch=run.steps,
+                    callbacks=[*callbacks, state],
+                    shuffle=False,  # the batches are shuffled already
+                    verbose=verbose,
+                    **kwargs,
+                )
+            finally:
+                state.return_trained()
         else:
-            keeper.on_train_end()
+            state.on_train_end()
     except KeyboardInterrupt:
-        keeper.interrupted = True
-        keeper.restore_best()
-        best = keeper.best_epoch
+        state.interrupted = True
+        state.restore_best()
+        best = state.best_epoch
         has = "those it had then" if best is None else f"those of epoch {best + 1}"
-        print(f"\nInterrupted after {len(keeper.logs)} epochs; the weights are {has}.")
+        print(f"\nInterrupted after {len(state.logs)} epochs; the weights are {has}.")
     else:
-        if keeper.file:
-            keeper.file.unlink(missing_ok=True)
-    return keeper.history
-
-
-def make_variables(model, labels, classes):
-    """Make the variables of a compiled model's optimizer and metrics.
-
-    Made in the first step, as they are by default, they have TensorFlow trace it twice,
-    which takes longer than many a step. A backup is read into them.
-
-    Raises:
-        ValueError: if the model has no weights yet to make them for.
-    """
-    if not model.built:
-        raise ValueError(
-            "The model has no weights yet, so nothing can be trained. Build it first: "
-            "model.build((None, height, width, 3))."
-        )
-    model.optimizer.build(model.trainable_variables)
-    model.compute_metrics(None, labels, np.zeros((1, classes), "float32"))
-    model.reset_metrics()
+        if state.file:
+            state.file.unlink(missing_ok=True)
+    return state.history

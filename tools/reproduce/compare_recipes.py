@@ -22,7 +22,8 @@ import numpy as np
 from results import processor, write
 
 from gcvit import GCViT
-from gcvit.fine_tuning import RECIPES, Photographs, Plan, fit, flowers
+from gcvit.book import verbosity
+from gcvit.fine_tuning import RECIPES, fit, flowers, in_memory
 from gcvit.laboratory import interval
 
 RESULTS = Path(__file__).resolve().parents[2] / "gcvit" / "results" / "recipes.json"
@@ -57,19 +58,28 @@ def pilot_split(photos):
         photos,
         train=photos.train.take(rest),
         validation=photos.train.skip(rest),
+        train_labels=photos.train_labels.take(rest),
         train_size=rest,
         validation_size=count,
     )
 
 
-def train(photos, recipe, seed, plan, settings, work):
+def train(photos, recipe, seed, arguments, settings):
     """Train from random weights; return what is written of it."""
     keras.utils.set_random_seed(seed)
-    model = GCViT.from_preset(plan.preset, None, plan.image_size)
+    model = GCViT.from_preset(arguments.preset, None, arguments.image_size)
     name = "-".join([recipe, str(photos.train_size), str(seed), *map(str, settings.values())])
-    run = RECIPES[recipe](model, photos, plan, backup=work / name, seed=seed, **settings)
-    history = fit(model, run, callbacks=[Clock()])
-    if len(history["loss"]) < plan.epochs:  # interrupted
+    run = RECIPES[recipe](
+        model,
+        photos,
+        arguments.image_size,
+        arguments.epochs,
+        backup=arguments.work / name,
+        seed=seed,
+        **settings,
+    )
+    history = fit(model, run, verbose=verbosity(), callbacks=[Clock()])
+    if len(history["loss"]) < arguments.epochs:  # interrupted
         raise SystemExit(130)
     accuracy = history["val_accuracy"]
     return {
@@ -100,21 +110,21 @@ def summary(runs):
     by_seed = {
         name: {run["seed"]: run for run in runs if run["recipe"] == name} for name in RECIPES
     }
-    seeds = sorted(set.intersection(*(set(found) for found in by_seed.values())))
+    seeds = sorted(set.intersection(*map(set, by_seed.values())))
     if len(seeds) < 2:
         return {}
-    found = {"seeds": seeds}
+    means = {"seeds": seeds}
     for key in ("accuracy_at_the_end", "best_accuracy", "seconds", "cpu_seconds"):
         values = {name: [by_seed[name][seed][key] for seed in seeds] for name in RECIPES}
-        found[key] = {name: spread(values[name]) for name in RECIPES}
+        means[key] = {name: spread(values[name]) for name in RECIPES}
         differences = np.subtract(values["finetune"], values["original"])
-        found[key]["finetune - original"] = spread(differences)
-    return found
+        means[key]["finetune - original"] = spread(differences)
+    return means
 
 
 def table(results):
     """Return the results as Markdown."""
-    found, settings = results["summary"], results["settings"]
+    means, settings = results["summary"], results["settings"]
     rows = [
         "| | original | finetune | difference (95 % interval) |",
         "| --- | --- | --- | --- |",
@@ -125,17 +135,17 @@ def table(results):
         ("cpu_seconds", "processor seconds", 0),
     ):
         cells = [
-            f"{found[key][name]['mean']:.{digits}f} ± {found[key][name]['sd']:.{digits}f}"
+            f"{means[key][name]['mean']:.{digits}f} ± {means[key][name]['sd']:.{digits}f}"
             for name in ("original", "finetune")
         ]
-        both = found[key]["finetune - original"]
+        both = means[key]["finetune - original"]
         low, high = both["interval"]
         cells.append(f"{both['mean']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})")
         rows.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(
         [
             f"{settings['preset']} from random weights, {settings['image_size']} px, "
-            f"{settings['epochs']} epochs, seeds {', '.join(map(str, found['seeds']))}: mean ± "
+            f"{settings['epochs']} epochs, seeds {', '.join(map(str, means['seeds']))}: mean ± "
             "standard deviation over the seeds; the difference is finetune minus original, seed by "
             "seed.",
             "",
@@ -163,17 +173,12 @@ def chosen_peak(pilot):
 
 def compare(photos, arguments, results):
     """Run what the results lack yet, and write each run as it is finished."""
-    size = arguments.image_size
-    plan = Plan(
-        "comparison", arguments.preset, None, size, None, None, arguments.epochs, 32, "float32",
-        "", (),
-    )  # fmt: skip
 
-    def complete(kept, photos, recipe, seed, settings):
-        done = {(run["recipe"], run["seed"], json.dumps(run["settings"])) for run in kept}
+    def complete(runs, photos, recipe, seed, settings):
+        done = {(run["recipe"], run["seed"], json.dumps(run["settings"])) for run in runs}
         if (recipe, seed, json.dumps(settings)) not in done:
             print(f"{recipe}, seed {seed}, {settings}", flush=True)
-            kept.append(train(photos, recipe, seed, plan, settings, arguments.work))
+            runs.append(train(photos, recipe, seed, arguments, settings))
             save(results, arguments.out)
 
     pilot = pilot_split(photos)
@@ -217,8 +222,7 @@ def main():
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "backend": keras.backend.backend(),
     }
-    photos: Photographs = flowers().stored(arguments.image_size)
-    compare(photos, arguments, results)
+    compare(in_memory(flowers(), arguments.image_size), arguments, results)
     save(results, arguments.out)
     shutil.rmtree(arguments.work, ignore_errors=True)
     print(table(results))

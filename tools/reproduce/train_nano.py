@@ -17,18 +17,18 @@ import time
 from pathlib import Path
 
 import keras
-import tensorflow as tf
 
 from gcvit import PRESETS, GCViT, load_checkpoint
 from gcvit.fine_tuning import (
-    WarmupCosine,
     adamw,
-    crop_and_color,
+    every_epoch,
+    flip_and_color,
     flowers,
+    in_memory,
     jit_compile,
     make_dataset,
     one_hot,
-    resize,
+    warmup_cosine,
 )
 from gcvit.unit_blocks import reinit_glorot
 from gcvit.weights import PACKAGED, save_safetensors
@@ -47,19 +47,25 @@ def train(photos, phase, start, batch_size, path):
     else:
         reinit_glorot(model)
 
-    def augment(image, image_size, seed):
-        return crop_and_color(image, image_size, seed, smallest=phase["smallest_crop"])
-
+    size, classes = phase["image_size"], len(photos.class_names)
     # Decoding and the first resize are paid once; crops come out of what they leave.
-    stored = photos.train.map(
-        lambda image, label: (tf.cast(tf.round(resize(image, 160)), tf.uint8), label)
-    ).cache()
-    batches = make_dataset(stored, phase["image_size"], batch_size, train=True, augment=augment)
-    batches = one_hot(batches, len(photos.class_names))
-    validation = make_dataset(photos.validation, phase["image_size"], batch_size)
-    validation = one_hot(validation, len(photos.class_names)).cache()
+    stored = in_memory(photos, 160)
+
+    def one_pass(epoch):
+        batches = make_dataset(
+            stored.train,
+            size,
+            batch_size,
+            train=True,
+            augment=flip_and_color,
+            epoch=epoch,
+            smallest=phase["smallest_crop"],
+        )
+        return one_hot(batches, classes)
+
+    validation = one_hot(make_dataset(photos.validation, size, batch_size), classes).cache()
     steps = -(-photos.train_size // batch_size)
-    schedule = WarmupCosine(phase["peak"], phase["warmup"] * steps, phase["epochs"] * steps)
+    schedule = warmup_cosine(phase["peak"], phase["warmup"] * steps, phase["epochs"] * steps)
     model.compile(
         adamw(schedule, use_ema=True, ema_momentum=0.998, global_clipnorm=5.0),
         keras.losses.CategoricalCrossentropy(label_smoothing=0.1),
@@ -74,7 +80,13 @@ def train(photos, phase, start, batch_size, path):
             flush=True,
         )
     )
-    model.fit(batches, epochs=phase["epochs"], callbacks=[saved], verbose=0)
+    model.fit(
+        every_epoch(one_pass, 0, phase["epochs"]),
+        epochs=phase["epochs"],
+        steps_per_epoch=steps,
+        callbacks=[saved],
+        verbose=0,
+    )
     model.optimizer.finalize_variable_values(model.trainable_variables)
     loss, accuracy = model.evaluate(validation, verbose=0)
     print(f"{phase['image_size']} px: validation accuracy {accuracy:.4f}", flush=True)
