@@ -48,7 +48,7 @@ test-colab: install ## Run every chapter as Colab would: an empty folder, no clo
 	$(BIN)/python tools/book/colab_run.py --jobs 2
 
 fuzz: install ## Feed 2,000 hostile checkpoints to each reader, and print the counts
-	$(BIN)/python tools/fuzz.py --count 2000
+	$(BIN)/python tools/reproduce/fuzz.py --count 2000
 
 accessibility: install ## Look for what keeps readers out of the built pages (needs Chromium and npm)
 	$(BIN)/python tools/book/accessibility.py
