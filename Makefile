@@ -1,6 +1,8 @@
 # Everything runs in .venv, which holds what requirements-lock.txt pins.
 PYTHON ?= python3
 BIN := .venv/bin
+# uv where it is there, which is several times as fast as pip.
+INSTALL := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/pip install)
 PORT ?= 8000
 BENCH ?=
 BACKENDS ?= tensorflow jax torch
@@ -17,14 +19,16 @@ install: .venv/installed ## Make .venv and install what is locked
 .venv/installed: requirements-lock.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed; $(PYTHON) is {v[0]}.{v[1]}. Name another one: make PYTHON=python3.12 book")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --require-hashes -r requirements-lock.txt
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	$(INSTALL) --quiet --require-hashes -r requirements-lock.txt
+	$(INSTALL) --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 book: install ## Execute every chapter and write _build/html/index.html
 	$(BIN)/python tools/book/build_book.py
 
-test: install test-unit test-book ## Run the unit tests, then every chapter
+test: install ## Run the unit tests, then every chapter
+	@began=$$(date +%s); $(MAKE) --no-print-directory test-unit test-book || exit 1; \
+	took=$$(($$(date +%s) - began)); echo "All passed, after $$((took / 60)) min $$((took % 60)) s."
 
 # JAX compiles each program for one call here, so it is told not to spend long on it.
 test-unit: install ## Run the unit tests: all on TensorFlow, those of numbers on the others too
@@ -33,7 +37,7 @@ test-unit: install ## Run the unit tests: all on TensorFlow, those of numbers on
 	    echo "PyTorch is not installed in .venv: its tests are not run."; continue; \
 	  fi; \
 	  if [ $$backend = tensorflow ]; then chosen=; else chosen='-m numerics'; fi; \
-	  echo "KERAS_BACKEND=$$backend"; \
+	  echo "$$(date +%H:%M:%S) Unit tests on $$backend"; \
 	  KERAS_BACKEND=$$backend JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
 	    $(BIN)/python -m pytest -n 2 --dist worksteal tests $$chosen || exit 1; \
 	done
@@ -42,13 +46,14 @@ test-unit: install ## Run the unit tests: all on TensorFlow, those of numbers on
 # cores, a third worker keeps both busy while another waits for its kernel. TensorFlow does not
 # split operations over threads that other kernels need.
 test-book: install ## Run every chapter, as a reader's Jupyter would
+	@echo "$$(date +%H:%M:%S) Chapters"
 	GCVIT_RUN=$${GCVIT_RUN:-brief} TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -n 3 --dist worksteal book
 
 test-colab: install ## Run every chapter as Colab would: an empty folder, no clone
 	$(BIN)/python tools/book/colab_run.py --jobs 2
 
 fuzz: install ## Feed 2,000 hostile checkpoints to each reader, and print the counts
-	$(BIN)/python tools/fuzz.py --count 2000
+	$(BIN)/python tools/reproduce/fuzz.py --count 2000
 
 accessibility: install ## Look for what keeps readers out of the built pages (needs Chromium and npm)
 	$(BIN)/python tools/book/accessibility.py

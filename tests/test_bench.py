@@ -4,6 +4,8 @@ import json
 import sys
 
 import bench
+import keras
+import numpy as np
 import pytest
 
 CASE = {"task": "forward", "preset": "p", "precision": "float32", "windows": "scaled"}
@@ -14,12 +16,10 @@ def answers(seconds, ends_after=99):
     """Return a program that answers as a contestant's process does, for so many repetitions."""
     return f"""
 import json, sys
-print(json.dumps(dict(images_a_call=4, first_call_s=9.0, accelerator=None, bytes_moved=None)))
-sys.stdout.flush()
+print(json.dumps(dict(images_a_call=4, first_call_s=9.0)), flush=True)
 found = dict(
-    settle=dict(calls_a_repetition=1),
     repeat=dict(seconds={seconds}, cpu_seconds={2 * seconds}, others=0.5),
-    end=dict(peak_bytes=2**20),
+    end=dict(peak_bytes=2**20, accelerator=None),
 )
 for n, line in enumerate(sys.stdin):
     if n > {ends_after}:
@@ -56,7 +56,7 @@ def stand_in(monkeypatch):
 def records(stand_in):
     programs = {"timm eager": answers(3.0), "jax jit": answers(1.5), "torch eager": answers(1, 1)}
     programs["torch compile"] = "raise ImportError('not here')"
-    programs |= {"jax eager": answers(1, -1), "jax predict": answers(1, 3)}
+    programs |= {"jax eager": answers(1, -1), "jax predict": answers(1, 2)}
     stand_in(programs)
     contestants = (bench.Contestant(name, CASE) for name in programs)
     return bench.with_ratios(bench.measure(CASE, contestants, repetitions=3, seconds=9))
@@ -76,11 +76,13 @@ def test_each_contestant_is_measured_and_one_that_fails_is_told(records):
 
 def test_one_that_is_not_ready_in_time_is_left_out(stand_in):
     stand_in({"jax jit": "import time; time.sleep(60)", "timm eager": answers(1.0)})
-    slow, quick = (bench.Contestant(name, CASE) for name in ("jax jit", "timm eager"))
-    quick.prepare()
-    slow.prepare(until=bench.time.perf_counter())
-    records = bench.measure(CASE, [slow, quick], repetitions=3, seconds=9)
-    assert [record.get("error") for record in records] == ["not ready in time", None]
+    quick, slow = (bench.Contestant(name, CASE) for name in ("timm eager", "jax jit"))
+    quick.prepare(60)
+    slow.prepare(0.01)
+    for contestant in (quick, slow):
+        contestant.prepare = lambda seconds: None
+    records = bench.measure(CASE, [quick, slow], repetitions=3, seconds=9)
+    assert [record.get("error") for record in records] == [None, "not ready after 0 s"]
 
 
 def test_the_table_has_a_row_for_each(records):
@@ -98,32 +100,59 @@ def test_ratios_are_taken_within_a_case():
     assert "times_timm_eager" not in bench.with_ratios([lone, timm])[0]
 
 
-def test_contestants_are_chosen_by_pattern():
-    arguments = bench.parse(["--contestants", "jax *", "timm eager", "--without", "* eager"])
-    assert bench.chosen(["jax jit", "jax eager", "timm eager"], arguments) == ["jax jit"]
+def test_contestants_are_those_installed_that_fit_a_pattern(monkeypatch):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name != "torch" or None)
+    assert bench.contestants("step", ["jax *", "t* eager", "tensorflow fit"]) == [
+        "tensorflow fit",
+        "jax jit",
+        "jax fit",
+    ]  # timm's needs PyTorch
 
 
-def test_a_variable_of_the_environment_makes_a_second_contestant(monkeypatch, stand_in, capsys):
-    arguments = bench.parse(["--contestants", "jax jit", "--variable", "A=b=c"])
-    names = bench.chosen(["jax jit", "jax eager"], arguments)
-    assert names == ["jax jit", "jax jit A=b=c"]
-    seen = stand_in(dict.fromkeys(names, answers(1.0)))
-    monkeypatch.delenv("A", raising=False)
-    contestants = (bench.Contestant(name, CASE) for name in names)
-    records = bench.measure(CASE, contestants, repetitions=3, seconds=9)
-    assert [r["contestant"] for r in records] == names
-    assert [env.get("A") for env in seen] == [None, "b=c"]
-    assert [env["KERAS_BACKEND"] for env in seen] == ["jax", "jax"]
-    with pytest.raises(SystemExit):
-        bench.parse(["--variable", "A b"])
-    assert "wants NAME=VALUE" in capsys.readouterr().err
+@pytest.fixture
+def sitting(stand_in, monkeypatch, tmp_path):
+    """Return what runs the tool with contestants that measure nothing, and its results."""
+    monkeypatch.setattr(bench, "contestants", lambda task, patterns: ["timm eager", "jax jit"])
+    environments = stand_in({"timm eager": answers(3.0), "jax jit": answers(1.5)})
+
+    def run(*options):
+        out = tmp_path / "bench.json"
+        arguments = ["bench.py", "--out", str(out), "--repetitions", "2", *options]
+        monkeypatch.setattr(sys, "argv", arguments)
+        environments.clear()
+        bench.main()
+        return json.loads(out.read_text()), out.with_suffix(".md").read_text(), environments
+
+    return run
 
 
-def test_a_hidden_package_is_as_if_not_installed(monkeypatch):
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    monkeypatch.delitem(sys.modules, "wave", raising=False)
-    bench.hide({"wave"})
-    assert bench.importlib.util.find_spec("wave") is None
-    with pytest.raises(ModuleNotFoundError, match="wave"):
-        import wave  # noqa: F401
-    assert bench.importlib.util.find_spec("json.decoder") is not None
+ONE = ("--tasks", "forward", "--batches", "4", "--sizes", "64")
+
+
+def test_a_sitting_goes_on_where_the_last_one_ended(sitting, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_one=2")
+    results, table, environments = sitting(*ONE)
+    assert [r["contestant"] for r in results["records"]] == ["timm eager", "jax jit"]
+    assert [env["KERAS_BACKEND"] for env in environments] == ["torch", "jax"]
+    assert results["environment"]["XLA_FLAGS"] == "--xla_one=2"
+    assert results["records"][1]["times_timm_eager"] == 2
+    assert "| jax jit | 1500.0 (1500.0 to 1500.0) | 2.7 | 2.00 |" in table
+    capsys.readouterr()
+    _, _, environments = sitting(*ONE)
+    assert environments == [] and "--again measures it anew" in capsys.readouterr().out
+    results, _, environments = sitting(*ONE, "--again", "--side-by-side")
+    assert len(results["records"]) == len(environments) == 2
+    results, _, _ = sitting("--tasks", "step", "--batches", "4", "--sizes", "64")
+    assert [r["task"] for r in results["records"]] == ["forward"] * 2 + ["step"] * 2
+    assert len(results["commands"]) == 3
+
+
+def test_a_call_is_one_run_of_the_task():
+    backend = keras.backend.backend()
+    case = {**CASE, "preset": "gcvit_nano", "size": 64}
+    predict, images = bench.gcvit_call(case, backend, "predict")
+    assert images == 2 * bench.BATCHES_A_CALL
+    assert predict().shape == (images, 5) and np.isfinite(predict()).all()
+    mode = next(iter(bench.MODES[backend]))
+    step, images = bench.gcvit_call({**case, "task": "step"}, backend, mode)
+    assert images == 2 and np.isfinite([step(), step()]).all()

@@ -1,6 +1,7 @@
 """What the project says of itself in several places is said alike."""
 
 import ast
+import graphlib
 import importlib.metadata
 import importlib.util
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from notebooks import without_magics
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +29,7 @@ def code_cells(path):
 def texts():
     """Yield each text file of the project that may name its address."""
     patterns = ["*.md", "*.toml", "*.yml", "*.cff", "*.txt", "book/*", ".github/**/*"]
-    for pattern in (*patterns, "gcvit/*.py", "tools/**/*.py"):
+    for pattern in (*patterns, "gcvit/**/*.py", "tools/**/*.py"):
         for path in ROOT.glob(pattern):
             if path.is_file():
                 yield path, path.read_text(encoding="utf-8")
@@ -139,31 +141,137 @@ def test_links_between_chapters_lead_somewhere():
             assert (path.parent / target).is_file(), f"{path.name} links to {target}"
 
 
-def test_keras_cv_is_imported_in_one_place():
-    importing = []
-    for path in (ROOT / "gcvit").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            importing += [path.name for name in names if name.startswith("keras_cv")]
-    assert importing == ["block.py"]
+def module_of(path):
+    """Return the name that a file is imported by: "gcvit.fast", whether a module or a package."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {
+    module_of(path): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted((ROOT / "gcvit").rglob("*.py"))
+}
+ROOMS = ["checks", "fetch", "presets", "images", "fast", "unit_blocks", "stem", "global_tokens"]
+ROOMS += ["attention", "block", "level", "readers", "weights", "pretrained", "model", "convert"]
+ROOMS += ["cost", "fine_tuning", "figures", "explain", "explorer", "laboratory", "book"]
+"""The modules and packages of gcvit, in the order of the chapters."""
+
+
+def imports(tree):
+    """Yield the module of each import, wherever it stands; a module that is imported by name too.
+
+    `from gcvit import stem` is an import of gcvit.stem, `from gcvit import GCViT` one of gcvit.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are written in full"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else node.module
+
+
+def imports_between(modules):
+    """Return {module: the modules of the package that it imports}."""
+    return {
+        name: {module for module in imports(tree) if module.split(".")[0] == "gcvit"} - {name}
+        for name, tree in modules.items()
+    }
+
+
+def wrong_ways(between):
+    """Yield each import from a room to one that comes after it, or to the package's entrance."""
+    for name, wanted in between.items():
+        if name in ("gcvit", "gcvit.__main__"):
+            continue
+        place = ROOMS.index(name.split(".")[1])
+        for module in wanted:
+            if module == "gcvit":
+                yield f"{name} imports from gcvit, which imports it; name the module"
+            elif ROOMS.index(module.split(".")[1]) > place:
+                yield f"{name} imports {module}"
 
 
 def test_imports_run_one_way():
-    """A module imports only from those before it, in the order of the chapters."""
-    order = ["checks", "fetch", "presets", "images", "fast", "unit_blocks", "stem"]
-    order += ["global_tokens", "attention", "block", "level", "readers", "weights"]
-    order += ["pretrained", "model", "convert"]
-    rooms = ["datasets", "pipeline", "training", "recipes", "classifier", "evaluation"]
-    order += ["cost", *(f"fine_tuning.{room}" for room in rooms), "fine_tuning"]
-    order += ["figures", "explain", "explorer", "laboratory", "book"]
-    for path in (ROOT / "gcvit").rglob("*.py"):
-        module = ".".join(path.relative_to(ROOT / "gcvit").with_suffix("").parts)
-        module = module.removesuffix(".__init__")
-        if module in ("__init__", "__main__"):
-            continue
-        for name in re.findall(r"from gcvit\.([\w.]+) import", path.read_text(encoding="utf-8")):
-            assert order.index(name) < order.index(module), f"{path.name} imports {name}"
+    between = imports_between(MODULES)
+    assert list(wrong_ways(between)) == []
+    list(graphlib.TopologicalSorter(between).static_order())  # raises on a circle in a package
+
+
+@pytest.mark.parametrize(
+    "name, code, fault",
+    [
+        ("gcvit.stem", "from gcvit import level", "gcvit.stem imports gcvit.level"),
+        ("gcvit.stem", "from gcvit.level import Level", "gcvit.stem imports gcvit.level"),
+        ("gcvit.stem", "import gcvit.level", "gcvit.stem imports gcvit.level"),
+        ("gcvit.stem", "def f():\n    from gcvit import level", "gcvit.stem imports gcvit.level"),
+        ("gcvit.fast.jax", "from gcvit import stem", "gcvit.fast.jax imports gcvit.stem"),
+        ("gcvit.stem", "from gcvit import GCViT", "gcvit.stem imports from gcvit"),
+    ],
+)
+def test_an_import_against_the_order_is_found(name, code, fault):
+    (line,) = wrong_ways(imports_between({name: ast.parse(code)}))
+    assert line.startswith(fault)
+
+
+def test_keras_cv_is_imported_in_one_place():
+    importing = [n for n, t in MODULES.items() for m in imports(t) if m.startswith("keras_cv")]
+    assert importing == ["gcvit.block"]
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+UNLOCKED = {"torch", "timm", "onnx", "onnxscript", "onnxruntime", "google", "gcvit-book"}
+"""What is not in the lock: PyTorch and its friends, and Colab's own."""
+
+
+def asked_for(*extras):
+    """Return the names of the distributions that the package and its extras declare."""
+    wanted, names = list(PROJECT["dependencies"]), set()
+    for extra in extras:
+        wanted += PROJECT["optional-dependencies"][extra]
+    for requirement in map(Requirement, wanted):
+        names.add(re.sub(r"[-._]+", "-", requirement.name).lower())
+        if requirement.name == PROJECT["name"]:
+            names |= asked_for(*requirement.extras)
+    return names
+
+
+def undeclared(trees, names):
+    """Return the modules that are imported and that no distribution of `names` brings."""
+    brought = importlib.metadata.packages_distributions()
+    modules = {module.split(".")[0] for tree in trees for module in imports(tree)}
+    modules -= {*sys.stdlib_module_names, "gcvit"}
+    modules -= {path.stem for path in (*ROOT.glob("tools/*/*.py"), *ROOT.glob("tests/*.py"))}
+    return {
+        module
+        for module in modules
+        if names.isdisjoint(
+            re.sub(r"[-._]+", "-", d).lower() for d in brought.get(module, [module])
+        )
+    }
+
+
+def test_what_is_imported_is_declared():
+    names = asked_for("chapters") | UNLOCKED
+    assert undeclared(MODULES.values(), names | {"jax"}) == set()
+    cells = [c for path in NOTEBOOKS for c in code_cells(path)]
+    chapters = [ast.parse(without_magics(cell.source)) for cell in cells]
+    assert undeclared(chapters, names | {"jax"}) == set()
+    paths = (*ROOT.glob("tools/**/*.py"), *ROOT.glob("tests/*.py"))
+    code = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
+    assert undeclared(code, asked_for("test") | UNLOCKED) == set()
+    assert undeclared([ast.parse("import h5py, yaml")], asked_for()) == {"yaml"}
+
+
+def test_the_package_alone_brings_what_the_model_needs_and_no_backend():
+    rooms = ROOMS[: ROOMS.index("convert")]
+    trees = [
+        MODULES[name] for name in MODULES if name.split(".")[1:2] and name.split(".")[1] in rooms
+    ]
+    backends = {"tensorflow", "jax", "torch"}
+    assert undeclared(trees, asked_for() | backends) == set()
+    assert asked_for().isdisjoint(backends)
 
 
 def test_lock_names_no_address():
@@ -175,10 +283,11 @@ def test_lock_names_no_address():
 def test_the_lock_lies_within_the_ranges():
     lock = (ROOT / "requirements-lock.txt").read_text(encoding="utf-8")
     pins = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", lock, re.M))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    wanted = PROJECT["dependencies"] + sum(PROJECT["optional-dependencies"].values(), [])
     for requirement in map(Requirement, wanted):
-        pin = pins[re.sub(r"[._]", "-", requirement.name)]
+        if requirement.name == PROJECT["name"]:  # an extra that another one takes in
+            continue
+        pin = pins[re.sub(r"[._]", "-", requirement.name).lower()]
         assert requirement.specifier.contains(pin), f"{requirement}: the lock has {pin}"
 
 
@@ -204,7 +313,7 @@ def test_hooks_mend_what_lint_checks():
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nlint:")[2]
     assert "make lint" in (ROOT / ".github" / "workflows" / "check.yml").read_text()
     checks = {
-        ".venv/bin/python tools/book/notebooks.py format": "$(BIN)/python tools/book/notebooks.py check\n",
+        ".venv/bin/python tools/book/notebooks.py format": "tools/book/notebooks.py check\n",
         ".venv/bin/ruff check --fix --force-exclude": "$(BIN)/ruff check .\n",
         ".venv/bin/ruff format --force-exclude": "$(BIN)/ruff format --check gcvit tests tools\n",
     }

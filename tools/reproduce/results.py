@@ -1,5 +1,6 @@
 """What the tools share that record measurements under gcvit/results."""
 
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -12,6 +13,18 @@ def processor():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
     return name
+
+
+def hardware():
+    """Return a few words about the machine's processor and memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return f"{os.cpu_count()} cores of {processor()}, {memory:.0f} GiB"
+
+
+def versions(names):
+    """Return {name: version} of those distributions that are installed."""
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    return {name: installed[name] for name in names if name in installed}
 
 
 def write(texts):

@@ -10,7 +10,6 @@ model show in them.
 
 import argparse
 import functools
-import importlib.metadata
 import json
 import os
 import tempfile
@@ -20,10 +19,10 @@ os.environ.setdefault("KERAS_BACKEND", "torch")  # beside TensorFlow, PyTorch's 
 
 import keras
 import numpy as np
-import timm.models.gcvit as timm_gcvit
 import torch
+from results import versions
 from safetensors.torch import load_file
-from timm.layers import SqueezeExcite
+from torchvision_stand_in import import_timm
 
 from gcvit import PRESETS, GCViT, explain
 from gcvit.images import normalize
@@ -54,8 +53,10 @@ def in_timm(model, image_size):
     """Return timm's model of the same sizes, with the same weights."""
     # timm rounds the hidden units of squeeze-and-excite up to a multiple of eight, which
     # changes no published variant, but gcvit_nano.
-    timm_gcvit.get_attn = lambda name: functools.partial(SqueezeExcite, rd_divisor=1)
-    twin = timm_gcvit.GlobalContextVit(
+    timm = import_timm()
+    squeeze_excite = functools.partial(timm.layers.SqueezeExcite, rd_divisor=1)
+    timm.models.gcvit.get_attn = lambda name: squeeze_excite
+    twin = timm.models.gcvit.GlobalContextVit(
         img_size=image_size,
         window_size=model.window_size,
         embed_dim=model.embed_dim,
@@ -96,7 +97,7 @@ def main():
     arguments = parser.parse_args()
     results = {
         "command": "python tools/reproduce/timm_reference.py",
-        "versions": {name: importlib.metadata.version(name) for name in ("timm", "torch", "keras")},
+        "versions": versions(("timm", "torch", "keras")),
         "backend": keras.backend.backend(),
         "variants": {},
     }
