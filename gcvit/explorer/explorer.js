@@ -65,7 +65,7 @@
       if (total) progress(length / total);
     }
     const text = await new Blob(parts).text();
-    return bytesOf(text.slice(text.lastIndexOf("=\"") + 2, text.lastIndexOf("\""))).buffer;
+    return bytesOf(text.split('"')[3]).buffer; // of (...)["name"]="base64"
   }
 
   /** Return the pixels of an image file, turned as the camera held it, on white. */
@@ -160,7 +160,7 @@
     const all = (selector) => [...root.querySelectorAll(selector)];
     const [who, local, global] = all(".view canvas");
     const [blocks, heads, offHeads] = [all("select.block"), all("select.head"), all(".off-head")];
-    const form = find(".switches");
+    const [form, trouble] = [find(".switches"), find(".trouble")];
     const colors = colorsOf(settings.heat);
     const state = { level: 0, x: 0.5, y: 0.5, off: {} };
     let ask, made, ran, looked, photo;
@@ -170,7 +170,8 @@
     /** Do one thing after the other, and say what went wrong. */
     let queue = Promise.resolve();
     const inTurn = (task) => {
-      queue = queue.then(task).catch((error) => say(error.message));
+      trouble.textContent = "";
+      queue = queue.then(task).catch((error) => { trouble.textContent = error.message; });
       return queue;
     };
 
@@ -178,7 +179,7 @@
       find(".load").disabled = true;
       const bar = find("progress");
       bar.hidden = false;
-      say("The checkpoint is on its way.");
+      find(".start .note").textContent = "The model is on its way.";
       const buffer = await checkpoint(settings.checkpoint, (share) => { bar.value = share; })
         .catch((error) => { find(".load").disabled = false; bar.hidden = true; throw error; });
       ask ??= startWorker(root.querySelector('script[type="text/plain"]').textContent);
@@ -356,6 +357,15 @@
       add(figure, "figcaption", `${caption}`);
     }
 
+    /** Say where a layer is, whose name is that of the checkpoint. */
+    function placeOf(name) {
+      const [, level, inside] = name.match(/^(?:levels\.(\d+)\.)?(\w+)/);
+      if (!level) return "stem";
+      const step = name.match(/to_q_global\.(\d+)/);
+      const place = step ? `generator, step ${Number(step[1]) + 1}` : inside;
+      return `level ${Number(level) + 1}, ${place}`;
+    }
+
     function drawStrips() {
       const [generator, maps, gates] = [".generator", ".maps", ".gates"].map(find);
       for (const strip of [generator, maps, gates]) strip.replaceChildren();
@@ -366,7 +376,7 @@
       for (const { name, values, places } of ran.gates) {
         const figure = add(gates, "figure", "");
         const sorted = Float32Array.from(values).sort();
-        const text = `${name.replace(/\.conv\.2\.gates$/, "")}: ${written(sorted[0])} to `
+        const text = `${placeOf(name)}: ${written(sorted[0])} to `
           + `${written(sorted.at(-1))}${places ? ", in each place" : ""}`;
         const strip = heatmap({ rows: 1, columns: values.length, values }, colors, 0, 1);
         strip.className = "gate";
