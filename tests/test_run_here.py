@@ -116,13 +116,16 @@ def decoded(html, name):
     return Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))).convert("RGB")
 
 
-def as_seen(photo):
+def as_seen(photo, size=(SEEN, SEEN)):
     """Return what the model is given of a photograph."""
-    side = 0.875 * min(photo.size)
-    left, top = ((length - side) / 2 for length in photo.size)
-    box = (left, 0, left + side, photo.height)
-    wide = photo.resize((SEEN, photo.height), Image.Resampling.BICUBIC, box=box)
-    seen = wide.resize((SEEN, SEEN), Image.Resampling.BICUBIC, box=(0, top, SEEN, top + side))
+    (height, width), bicubic = size, Image.Resampling.BICUBIC
+    share = 0.875 * min(photo.height / height, photo.width / width)
+    across, down = (
+        (side - share * of) / 2 for side, of in ((photo.width, width), (photo.height, height))
+    )
+    box = (across, 0, across + share * width, photo.height)
+    wide = photo.resize((width, photo.height), bicubic, box=box)
+    seen = wide.resize((width, height), bicubic, box=(0, down, width, down + share * height))
     return normalize(np.asarray(seen, "float32"))[None]
 
 
@@ -320,5 +323,15 @@ def test_run_here_refuses_what_it_cannot_run(checkpoint, small, tmp_path):
     with pytest.raises(ValueError, match="at least one example to begin with; got none"):
         explorer.run_here(checkpoint, {})
     save_safetensors(small[0], tmp_path / "bare.safetensors")
+    bare, cat = tmp_path / "bare.safetensors", {"cat": np.zeros((9, 9, 3))}
     with pytest.raises(ValueError, match="bare.safetensors has no classes, config, image_size"):
-        explorer.run_here(tmp_path / "bare.safetensors", {"cat": np.zeros((9, 9, 3))})
+        explorer.run_here(bare, cat)
+    with pytest.raises(ValueError, match="bare.safetensors has no classes, config."):
+        explorer.run_here(bare, cat, image_size=64)
+
+
+def test_the_image_may_have_another_size(open_page, checkpoint, examples, small, tmp_path):
+    page = explorer.run_here(checkpoint, examples, image_size=(48, 80))
+    write(tmp_path / "page.html", page.html)
+    wanted = predict(small[0], as_seen(decoded(page.html, "cat"), (48, 80)))
+    assert_answers(open_and_run(open_page, tmp_path / "page.html"), wanted)

@@ -402,7 +402,7 @@ def _jpeg(image):
     return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode("ascii")
 
 
-def run_here(path, examples, address=None):
+def run_here(path, examples, image_size=None, address=None):
     """Return a piece of a web page that runs a model itself, without a server.
 
     The reader chooses a photograph, and sees the answer and every step to it: the maps of the
@@ -411,10 +411,12 @@ def run_here(path, examples, address=None):
     pressed, and no photograph leaves the device.
 
     Args:
-        path: the checkpoint, a `.safetensors` file whose header has the `config`, the
-            `classes` and the `image_size`.
+        path: the checkpoint, a `.safetensors` file whose header has the `config` and the
+            `classes`.
         examples: photographs to begin with, a dict from a name to an array, (height,
             width, 3), from 0 to 255.
+        image_size: side of the image that the model is given in pixels, or its (height,
+            width); default: the header's `image_size`.
         address: where the page finds what `checkpoint_script` returned, relative to itself;
             default `None`: the checkpoint is part of the page.
 
@@ -425,12 +427,16 @@ def run_here(path, examples, address=None):
         ValueError: for a checkpoint whose header lacks something, or without an example.
     """
     path = Path(path)
-    missing = {"config", "classes", "image_size"} - set(training_notes(path))
+    notes = training_notes(path)
+    if image_size is not None:
+        notes["image_size"] = json.dumps(pair("image_size", image_size))
+    missing = {"config", "classes", "image_size"} - set(notes)
     if missing:
         raise ValueError(f"The header of {path} has no {', '.join(sorted(missing))}.")
     if not examples:
         raise ValueError("The page wants at least one example to begin with; got none.")
-    checkpoint = {"name": path.name, "address": address}
+    size = json.loads(notes["image_size"])
+    checkpoint = {"name": path.name, "address": address, "imageSize": size}
     if address is None:
         checkpoint["base64"] = base64.b64encode(path.read_bytes()).decode("ascii")
     heat = colormaps[figures.HEAT](np.linspace(0, 1, 33))

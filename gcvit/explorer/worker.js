@@ -37,8 +37,9 @@ function rowOf({ name, heads, window }, at, head, query) {
 
 const questions = {
   /** Make a model of the bytes of a checkpoint. */
-  load({ buffer }) {
+  load({ buffer, imageSize }) {
     model = createModel(readSafetensors(buffer));
+    model.imageSize = imageSize;
     const { depths, num_heads: heads } = model.config;
     const windows = model.config.window_size.map(pair);
     const levels = depths.map((depth, i) => ({ depth, heads: heads[i], window: windows[i] }));
@@ -56,17 +57,24 @@ const questions = {
   async run({ switches }) {
     const started = performance.now();
     const query = switches.query === "other" ? otherQueries : switches.query;
-    result = await model.run(photo.image, photo.height, photo.width,
-      { switches: { ...switches, query } });
+    result = await model.run(photo.image, photo.height, photo.width, {
+      switches: { ...switches, query },
+    });
     const { logits, tensors } = result;
     if (switches.query === "own") {
-      ownQueries = Object.fromEntries(range(model.config.depths.length).map(
-        (i) => [`levels.${i}`, tensors[`levels.${i}.q_global`]]));
+      ownQueries = Object.fromEntries(
+        range(model.config.depths.length).map((i) => [
+          `levels.${i}`,
+          tensors[`levels.${i}.q_global`],
+        ]),
+      );
     }
     const probabilities = softmax(logits);
     const best = range(logits.length).sort((a, b) => probabilities[b] - probabilities[a]);
     const answers = best.slice(0, 5).map((label) => ({
-      label, name: model.classes?.[label] ?? `class ${label}`, probability: probabilities[label],
+      label,
+      name: model.classes?.[label] ?? `class ${label}`,
+      probability: probabilities[label],
     }));
     const levels = model.config.depths.map((depth, i) => {
       const generator = `levels.${i}.q_global_gen.to_q_global.`;
@@ -74,15 +82,26 @@ const questions = {
       return {
         ...layerOf(i, 0),
         map: lengths(tensors[`levels.${i}`]),
-        steps: steps.filter((name) => !name.endsWith("gates")).map((name) => lengths(tensors[name])),
+        steps: steps
+          .filter((name) => !name.endsWith("gates"))
+          .map((name) => lengths(tensors[name])),
         query: lengths(tensors[`levels.${i}.q_global`]),
       };
     });
-    const gates = Object.keys(tensors).filter((name) => name.endsWith(".gates"))
-      .map((name) => ({ name, values: tensors[name].data, places: tensors[name].shape.length > 1 }));
+    const gates = Object.keys(tensors)
+      .filter((name) => name.endsWith(".gates"))
+      .map((name) => ({
+        name,
+        values: tensors[name].data,
+        places: tensors[name].shape.length > 1,
+      }));
     return {
-      answers, levels, gates, hasOther: Boolean(otherQueries),
-      computed: result.computed.length, steps: model.steps.length,
+      answers,
+      levels,
+      gates,
+      hasOther: Boolean(otherQueries),
+      computed: result.computed.length,
+      steps: model.steps.length,
       milliseconds: performance.now() - started,
     };
   },
@@ -109,16 +128,24 @@ const questions = {
     const arithmetic = (layer, values, head) => {
       const best = values.indexOf(Math.max(...values));
       const chosen = { window: at, head: Math.max(head, 0), query, key: best };
-      return { key: best, head: chosen.head, ...explainWeight(model, result.tensors, layer.name, chosen) };
+      return {
+        key: best,
+        head: chosen.head,
+        ...explainWeight(model, result.tensors, layer.name, chosen),
+      };
     };
     answer.arithmetic = [arithmetic(own, answer.local, localHead)];
-    if (every) answer.arithmetic.push(arithmetic(every, rowOf(every, at, globalHead, query), globalHead));
+    if (every)
+      answer.arithmetic.push(arithmetic(every, rowOf(every, at, globalHead, query), globalHead));
     return answer;
   },
 
   /** Return what each place of the last map adds to the logit of a class. */
   activation({ label }) {
-    const { shape: [rows, columns], data } = classActivation(model, result.tensors, label);
+    const {
+      shape: [rows, columns],
+      data,
+    } = classActivation(model, result.tensors, label);
     return { rows, columns, values: data };
   },
 };
