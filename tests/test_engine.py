@@ -287,7 +287,8 @@ def compare(answer, want):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_tensor_is_that_of_keras(name, tmp_path):
     model, config = model_of(name)
-    images = [picture_of(image) for image in IMAGES]
+    chosen = IMAGES if name == "layer scale" else ("noise", "not square")
+    images = [picture_of(image) for image in chosen]
     calls = [["createModel", file_of(model, config, tmp_path)]]
     calls += [["run", image.ravel(), *image.shape[:2]] for image in images]
     _, *answers = ask(*calls)
@@ -412,7 +413,7 @@ def test_a_switch_costs_only_what_lies_behind_it(tmp_path):
     model, config = model_of("layer scale")
     image, other = (picture_of(name).ravel() for name in ("photograph", "noise"))
     off = {"switches": {"headsOff": {"levels.2.blocks.1.attn": [0]}}}
-    _, first, switched, again, plain, fresh, direct = ask(
+    _, first, switched, again, plain, fresh, direct, everywhere = ask(
         ["createModel", file_of(model, config, tmp_path)],
         ["run", image, 64, 64, {}],
         ["run", image, 64, 64, off],
@@ -420,11 +421,14 @@ def test_a_switch_costs_only_what_lies_behind_it(tmp_path):
         ["run", image, 64, 64, {}],
         ["run", other, 64, 64, {}],
         ["run", image, 64, 64, off],
+        ["run", image, 64, 64, {"switches": {"query": "constant"}}],
     )
+    steps = first["computed"]
     behind = ["levels.2.blocks.1", "levels.2.downsample", "levels.3.q_global_gen"]
     behind += ["levels.3.blocks.0", "levels.3.blocks.1", "head"]
     assert switched["computed"] == plain["computed"] == behind
-    assert again["computed"] == [] and fresh["computed"] == first["computed"] == direct["computed"]
+    assert again["computed"] == [] and fresh["computed"] == steps == direct["computed"]
+    assert everywhere["computed"] == steps[steps.index("levels.0.q_global_gen") :]
     np.testing.assert_array_equal(again["logits"], direct["logits"])
     np.testing.assert_array_equal(plain["logits"], first["logits"])
     assert np.abs(fresh["logits"] - first["logits"]).max() > 1e-3

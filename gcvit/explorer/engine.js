@@ -113,6 +113,18 @@ function pad(x, height, width, top = 0, left = 0, value = 0) {
   return y;
 }
 
+/** Undo `pad` at the right and at the bottom. */
+function crop(x, height, width) {
+  const [rows, columns, channels] = x.shape;
+  if (rows === height && columns === width) return x;
+  const y = tensor([height, width, channels]);
+  for (let i = 0; i < height; i++) {
+    const start = i * columns * channels;
+    y.data.set(x.data.subarray(start, start + width * channels), i * width * channels);
+  }
+  return y;
+}
+
 const padByOne = (x, value = 0) => pad(x, x.shape[0] + 2, x.shape[1] + 2, 1, 1, value);
 
 /** Convolve 3x3 with stride 2: a dense layer on the nine tokens around every second one. */
@@ -453,12 +465,7 @@ function attend(net, name, x, { window, heads }, qGlobal) {
   const windows = windowPartition(pad(x, h, w), window);
   const y = windowReverse(windowAttention(net, name, windows, { window, heads }, qGlobal),
     window, [h, w, channels]);
-  if (h === height && w === width) return y;
-  const rows = range(height).map((i) => i * w * channels);
-  const cropped = tensor(x.shape);
-  rows.forEach((start, i) => cropped.data.set(
-    y.data.subarray(start, start + width * channels), i * width * channels));
-  return cropped;
+  return crop(y, height, width);
 }
 
 /** The learned factors on a branch, where the model has them. */
@@ -546,7 +553,17 @@ const DEFAULTS = {
   in_channels: 3, mlp_ratio: 3, qkv_bias: true, qk_scale: null, layer_scale: null,
   include_top: true, pooling: "avg", num_classes: 1000,
 };
-const SWITCHES = ["query", "gates", "part", "headsOff", "bias", "flatGather", "zeroPadding"];
+const [GENERATORS, BLOCKS] = [/\.q_global_gen$/, /\.blocks\.\d+$/];
+/** The switches, and the names of the steps that each of them can change. */
+const SWITCHES = {
+  query: GENERATORS,
+  gates: /^patch_embed$|\.q_global_gen$|\.downsample$/,
+  part: BLOCKS,
+  headsOff: BLOCKS,
+  bias: BLOCKS,
+  flatGather: BLOCKS,
+  zeroPadding: GENERATORS,
+};
 const SMALLEST_IMAGE = 32;
 
 const isByName = (value) => value?.constructor === Object && !value.data;
@@ -601,9 +618,10 @@ class Model {
     const written = (name) => (metadata[name] === undefined ? null : JSON.parse(metadata[name]));
     config = { ...DEFAULTS, ...(config ?? written("config")) };
     const { window_size: windows, depths, num_heads: heads } = config;
-    if (![windows, heads].every((list) => list?.length === depths?.length) || !depths?.length) {
-      throw new Error("A config has window_size, depths and num_heads, one for each level; got "
-        + `${JSON.stringify({ windows, depths, heads })}.`);
+    const levels = depths?.length;
+    if (!KEEPDIMS[levels - 1] || windows?.length !== levels || heads?.length !== levels) {
+      throw new Error("A config has window_size, depths and num_heads, for each of 1 to "
+        + `${KEEPDIMS.length} levels; got ${JSON.stringify({ windows, depths, heads })}.`);
     }
     this.config = config;
     this.weights = tensors;
@@ -633,8 +651,9 @@ class Model {
    *   part: side of the parts that windows fall into; headsOff: heads whose output is zero;
    *   bias: "on" or "off"; flatGather, zeroPadding: true for a fault of the original notebook.
    *
-   * Returns logits, tensors by name, and the names of the steps that were computed. Steps before
-   * the first switch that changed since the last run are not, for the same image.
+   * Returns logits, tensors by name, and the names of the steps that were computed. For the
+   * image of the last run, that begins at the first step that a switch changes: do not write
+   * into the tensors, which the model keeps.
    */
   async run(image, height, width, options = {}) {
     return this.forward(image, height, width, options);
@@ -669,8 +688,8 @@ class Model {
 
   checkSwitches(switches) {
     for (const [kind, value] of Object.entries(switches)) {
-      if (!SWITCHES.includes(kind)) {
-        throw new Error(`The switches are ${SWITCHES.join(", ")}; got ${kind}.`);
+      if (!SWITCHES[kind]) {
+        throw new Error(`The switches are ${Object.keys(SWITCHES).join(", ")}; got ${kind}.`);
       }
       for (const part of isByName(value) ? Object.keys(value) : []) {
         if (!this.steps.some(([name]) => isWithin(name, part) || isWithin(part, name))) {
@@ -682,7 +701,8 @@ class Model {
 
   /** Return the switches that a step can see, to tell whether it must be computed again. */
   settingsOf(name, switches) {
-    return Object.entries(switches).flatMap(([kind, value]) => (isByName(value)
+    const seen = Object.entries(switches).filter(([kind]) => SWITCHES[kind].test(name));
+    return seen.flatMap(([kind, value]) => (isByName(value)
       ? Object.entries(value).filter(([part]) => isWithin(name, part) || isWithin(part, name))
         .map(([part, way]) => [kind, part, way])
       : [[kind, value]]));

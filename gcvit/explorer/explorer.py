@@ -4,6 +4,7 @@ import base64
 import io
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,13 @@ from gcvit import figures
 from gcvit.checks import pair
 from gcvit.explain import block_inputs
 from gcvit.images import normalize
+from gcvit.readers import training_notes
 
 LIMIT = 1_000_000
 """Bytes that an explorer may weigh, its page, its photograph and its weights together."""
+
+PIECES = ("page.html", "explorer.css", "explorer.js", "engine.js", "worker.js")
+"""Files that the page that runs the model is put together from."""
 
 FRAME = 70_000
 """Bytes set aside for what is not weights: the photograph, the markup and the script."""
@@ -362,3 +367,93 @@ def explore(model, image, places=None, point=(0.5, 0.5), limit=LIMIT):
         ValueError: for what `export` or `show` refuses.
     """
     return show(export(model, image, limit), places, point, limit)
+
+
+# The model in the page.
+
+EXAMPLE_SIDE = 256
+"""Pixels that the shorter side of an example photograph is reduced to."""
+
+
+def checkpoint_script(path):
+    """Return a checkpoint as a script, which pages load from one place that they share.
+
+    A page that was opened as a file may load scripts, and nothing else.
+
+    Args:
+        path: a `.safetensors` file whose header has the model's `config`.
+    """
+    path = Path(path)
+    content = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'(globalThis.gcvitCheckpoints ??= {{}})["{path.name}"]="{content}";\n'
+
+
+def _jpeg(image):
+    """Return a photograph, (height, width, 3) from 0 to 255, as a JPEG's data address."""
+    from PIL import Image
+
+    image = Image.fromarray(np.rint(np.asarray(image)).astype("uint8"))
+    share = EXAMPLE_SIDE / min(image.size)
+    if share < 1:
+        size = [round(side * share) for side in image.size]
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    jpeg = io.BytesIO()
+    image.save(jpeg, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode("ascii")
+
+
+def run_here(path, examples, image_size=None, address=None):
+    """Return a piece of a web page that runs a model itself, without a server.
+
+    The reader chooses a photograph, and sees the answer and every step to it: the maps of the
+    levels, the global query, whom a token attends to, the gates, and where the answer comes
+    from. Parts of the model can be switched. Nothing is computed or loaded before a button is
+    pressed, and no photograph leaves the device.
+
+    Args:
+        path: the checkpoint, a `.safetensors` file whose header has the `config` and the
+            `classes`.
+        examples: photographs to begin with, a dict from a name to an array, (height,
+            width, 3), from 0 to 255.
+        image_size: side of the image that the model is given in pixels, or its (height,
+            width); default: the header's `image_size`.
+        address: where the page finds what `checkpoint_script` returned, relative to itself;
+            default `None`: the checkpoint is part of the page.
+
+    Returns:
+        A `Page`, which a notebook shows.
+
+    Raises:
+        ValueError: for a checkpoint whose header lacks something, or without an example.
+    """
+    path = Path(path)
+    notes = training_notes(path)
+    if image_size is not None:
+        notes["image_size"] = json.dumps(pair("image_size", image_size))
+    missing = {"config", "classes", "image_size"} - set(notes)
+    if missing:
+        raise ValueError(f"The header of {path} has no {', '.join(sorted(missing))}.")
+    if not examples:
+        raise ValueError("The page wants at least one example to begin with; got none.")
+    size = json.loads(notes["image_size"])
+    checkpoint = {"name": path.name, "address": address, "imageSize": size}
+    if address is None:
+        checkpoint["base64"] = base64.b64encode(path.read_bytes()).decode("ascii")
+    heat = colormaps[figures.HEAT](np.linspace(0, 1, 33))
+    settings = {
+        "checkpoint": checkpoint,
+        "examples": [{"name": name, "image": _jpeg(image)} for name, image in examples.items()],
+        "local": figures.LOCAL,
+        "global": figures.GLOBAL,
+        "heat": [to_hex(color) for color in heat],
+        "note": f"The model, {path.stat().st_size / 1e6:.1f} MB, then runs on this device.",
+    }
+    texts = {name: Path(__file__).with_name(name).read_text("utf-8") for name in PIECES}
+    pieces = {
+        "css": texts["explorer.css"],
+        "settings": json.dumps(settings, separators=(",", ":")).replace("<", "\\u003c"),
+        # A page that was opened as a file may start plain scripts as workers, and no modules.
+        "worker": re.sub("^export ", "", texts["engine.js"], flags=re.M) + texts["worker.js"],
+        "script": texts["explorer.js"],
+    }
+    return Page(re.sub(r"\{\{ (\w+) \}\}", lambda match: pieces[match[1]], texts["page.html"]))
