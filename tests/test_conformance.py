@@ -4,9 +4,14 @@ That makes a layer, sends its configuration and the serialized layer there and b
 calls it on symbols and on numbers, trains it for a step, and computes in half precision.
 """
 
+import keras
+import numpy as np
 import pytest
+from conftest import run, to_numpy
+from keras.src.testing import TestCase
 
 import gcvit
+from gcvit import fast
 
 pytestmark = pytest.mark.numerics
 

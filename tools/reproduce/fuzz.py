@@ -165,11 +165,11 @@ class Corpus:
     """The files: a whole one, and what mutations make of it. Hostile pickles make `marker`."""
 
     def __init__(self, reader, model, marker, seed):
-        from gcvit.weights import slots
+        from gcvit.weights import weight_specs
 
         self.reader, self.marker, self.seed = reader, marker, seed
         naming, self.state = READERS[reader], {}
-        for slot in slots(model):
+        for slot in weight_specs(model):
             value = np.array(slot.variable)
             turned = value if naming == "release" else slot.to_torch(value, naming)
             self.state[slot.names[naming]] = np.ascontiguousarray(turned)
@@ -178,7 +178,7 @@ class Corpus:
     def written(self, state, change=lambda file: None, **more):
         """Return a file with these tensors; `change` is called with an open HDF5 file."""
         if "safetensors" in self.reader:
-            from gcvit.weights import with_digest
+            from gcvit.readers import with_digest
 
             return with_digest(state) if self.reader == "safetensors" else save(state)
         stream = io.BytesIO()
