@@ -16,6 +16,7 @@ import pikepdf
 import pytest
 import take_along
 import yaml
+from check_html import TAKEN_ALONG
 
 MATHJAX = Path(__file__).parents[1] / "book" / "_extra" / "mathjax" / "tex-chtml.js"
 EPUBCHECK = Path("/usr/share/java/epubcheck.jar")
@@ -272,6 +273,11 @@ def test_a_formula_that_mathjax_does_not_understand_is_named(site, tmp_path, fau
     book = changed(site, tmp_path, "01-one", r"\frac{1}", fault)
     with pytest.raises(RuntimeError, match=f"does not understand: .*{re.escape(fault[:5])}"):
         take_along.write_pdf(book, tmp_path / "book.pdf")
+
+
+def test_the_first_page_links_both():
+    page = (Path(__file__).parents[1] / "book" / "index.md").read_text(encoding="utf-8")
+    assert set(re.findall(r'href="([^"/]+\.(?:epub|pdf))"', page)) == TAKEN_ALONG
 
 
 def test_without_chromium_it_says_what_to_install(monkeypatch):
