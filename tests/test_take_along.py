@@ -54,7 +54,8 @@ src="_images/line.svg"></a><figcaption>Fig. 1 A line</figcaption></figure></div>
 DRAWING = """<?xml version="1.0" encoding="utf-8" standalone="no"?>
 <!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd">
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><defs><path id="space"/></defs>
-<path d="M 0 9 L 9 0"/></svg>"""
+<g id="twice"/><g id="twice"/><path id="line" d="M 0 9 L 9 0"/>
+<use xmlns:xlink="http://www.w3.org/1999/xlink" xlink:href="#line"/></svg>"""
 
 
 def escaped(text):
@@ -175,7 +176,8 @@ def test_the_epub_shows_its_pictures_with_their_texts(epub, pages):
     assert picture.get("alt") == "A line that rises."
     with zipfile.ZipFile(epub) as packed:
         drawing = packed.read(f"book/{picture.get('src')}").decode()
-    assert "DOCTYPE" not in drawing and 'd="M 0 9 L 9 0"' in drawing
+    assert 'id="line" d="M 0 9 L 9 0"' in drawing
+    assert "DOCTYPE" not in drawing and "twice" not in drawing and '<path d=""' in drawing
 
 
 @needs_chromium

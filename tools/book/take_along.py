@@ -329,8 +329,14 @@ def set_formulas(book):
 
 
 def strict_svg(text):
-    """Return a drawing as EPUB wants it: without a DOCTYPE, and with an outline in each path."""
+    """Return a drawing as EPUB wants it.
+
+    Matplotlib's have a DOCTYPE, paths without an outline for spaces, and the same id for all
+    copies of an image. Ids that nothing refers to go.
+    """
     text = re.sub(r"<!DOCTYPE[^>]*>", "", text, count=1)
+    named = set(re.findall(r"#([\w-]+)", text))
+    text = re.sub(r' id="([^"]*)"', lambda id: id[0] if id[1] in named else "", text)
     return re.sub(r"<path (?![^>]*\bd=)", '<path d="" ', text)
 
 
