@@ -337,7 +337,7 @@ def strict_svg(text):
     text = re.sub(r"<!DOCTYPE[^>]*>", "", text, count=1)
     named = set(re.findall(r"#([\w-]+)", text))
     text = re.sub(r' id="([^"]*)"', lambda id: id[0] if id[1] in named else "", text)
-    return re.sub(r"<path (?![^>]*\bd=)", '<path d="" ', text)
+    return re.sub(r"<path\b(?![^>]*\bd=)", '<path d=""', text)
 
 
 def write_epub(book, path):
