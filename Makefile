@@ -64,6 +64,13 @@ links: install ## Ask every address in the book whether it answers (needs a netw
 bench: install ## Measure the speed beside timm, where that is installed; BENCH=... for options
 	$(BIN)/python tools/reproduce/bench.py $(BENCH)
 
+.PHONY: epub pdf
+epub: install ## Pack the built book into _build/gcvit-book.epub (needs Chromium)
+	$(BIN)/python tools/book/take_along.py epub
+
+pdf: install ## Print the built book to _build/gcvit-book.pdf (needs Chromium)
+	$(BIN)/python tools/book/take_along.py pdf
+
 serve: ## Open the built book at http://localhost:8000 (PORT=... for another)
 	@test -f _build/html/index.html || { echo "There is no book yet: run make book first."; exit 1; }
 	$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html

@@ -41,7 +41,7 @@ def site(tmp_path):
     (html / "_images").mkdir()
     links = {"home": "index.html", "chapter": "01-chapter.html", "notes": "notes.html"}
     for name, own, article in (
-        ("index", "home", '<a href="01-chapter.html">Begin</a>'),
+        ("index", "home", '<a href="01-chapter.html">Begin</a> <a href="gcvit-book.pdf">PDF</a>'),
         ("01-chapter", "chapter", CHAPTER),
         ("notes", "notes", '<h2 id="shapes">Shapes</h2>'),
     ):

@@ -24,6 +24,9 @@ HEAVIEST_BOOK = 25_000_000
 """Bytes of all that is published."""
 
 MADE_BY_SPHINX = {"genindex", "search"}
+TAKEN_ALONG = {"gcvit-book.epub", "gcvit-book.pdf"}
+"""Files that make epub and make pdf make of the pages, and publish.yml puts beside them."""
+
 LOG_LINE = re.compile(
     r"^(?:[IWEF]\d{4} \d\d:\d\d|WARNING\b|(?:ERROR|INFO|DEBUG):"
     r"|\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[.,]\d+|\[IPKernelApp\])"
@@ -196,7 +199,7 @@ def link_faults(page, pages, html, in_repository):
                 yield f"links to a file that the repository lacks: {reference}"
             continue
         target = local(reference)
-        if target is None:
+        if target is None or target[0] in TAKEN_ALONG:
             continue
         path, fragment = target
         if path and not (html / path).exists():
