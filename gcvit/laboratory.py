@@ -10,7 +10,7 @@ from scipy import stats
 
 from gcvit.attention import WindowAttention
 from gcvit.fine_tuning import warmup_cosine, without_autotune
-from gcvit.fine_tuning.training import assign, values_of
+from gcvit.fine_tuning.training import assign, make_variables, values_of
 from gcvit.global_tokens import FeatureExtraction
 from gcvit.model import GCViT
 from gcvit.unit_blocks import SqueezeAndExcitation, reinit_glorot, run
@@ -275,7 +275,7 @@ class Experiment:
             steps_per_execution=self.design.every,
             jit_compile=False,
         )
-        self.model.optimizer.build(self.model.trainable_variables)
+        make_variables(self.model, np.zeros(1), self.config["num_classes"])
         self._rest = values_of(self.model.optimizer.variables)
         self._starts = {}
         self._test = in_batches(*all_pairs(self.design.backgrounds, np.random.default_rng(0)), 128)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import keras
+import numpy as np
 
 from gcvit.fine_tuning.pipeline import (
     every_epoch,
@@ -12,7 +13,7 @@ from gcvit.fine_tuning.pipeline import (
     pad_last_batch,
     rand_augment,
 )
-from gcvit.fine_tuning.training import Run, TrainingState, jit_compile
+from gcvit.fine_tuning.training import Run, TrainingState, jit_compile, make_variables
 
 
 def warmup_cosine(peak, warmup_steps, steps):
@@ -94,21 +95,6 @@ def adamw(learning_rate, weight_decay=0.05, rates=None, **kwargs):
     return optimizer
 
 
-def _compile(model, optimizer, loss):
-    """Compile a model, and make its optimizer's variables, which a backup is read into.
-
-    Raises:
-        ValueError: if the model has no weights yet to make them for.
-    """
-    if not model.built:
-        raise ValueError(
-            "The model has no weights yet, so nothing can be trained. Build it first: "
-            "model.build((None, height, width, 3))."
-        )
-    model.compile(optimizer, loss, weighted_metrics=["accuracy"], jit_compile=jit_compile())
-    model.optimizer.build(model.trainable_variables)
-
-
 def _distributed():
     """Tell whether a `keras.distribution` is set, which wants batches that can be shared out."""
     return keras.distribution.distribution() is not None
@@ -163,7 +149,13 @@ def original(model, photos, image_size, epochs=5, batch_size=32, crop=1.0, backu
     settings = {"recipe": "original", "image_size": image_size, "epochs": epochs}
     settings |= {"batch_size": batch_size, "crop": crop, "seed": seed}
     size = image_size, batch_size
-    _compile(model, keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy")
+    model.compile(
+        keras.optimizers.Adam(1e-3),
+        "sparse_categorical_crossentropy",
+        weighted_metrics=["accuracy"],
+        jit_compile=jit_compile(),
+    )
+    make_variables(model, np.zeros(1), len(photos.class_names))
 
     steps = _steps(photos, batch_size)
 
@@ -219,7 +211,13 @@ def finetune(
         use_ema=True,
         ema_momentum=1 - 1 / max(tenth, 2),  # the average spans a tenth of the run
     )
-    _compile(model, optimizer, keras.losses.CategoricalCrossentropy(label_smoothing=0.1))
+    model.compile(
+        optimizer,
+        keras.losses.CategoricalCrossentropy(label_smoothing=0.1),
+        weighted_metrics=["accuracy"],
+        jit_compile=jit_compile(),
+    )
+    make_variables(model, np.zeros((1, classes)), classes)
     augment = rand_augment(strength)
 
     def one_pass(epoch):

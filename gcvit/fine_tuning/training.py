@@ -249,3 +249,27 @@ def fit(model, run, verbose="auto", callbacks=(), on_best=None, **kwargs):
         if state.file:
             state.file.unlink(missing_ok=True)
     return state.history
+
+
+def make_variables(model, labels, classes):
+    """Make the variables of a compiled model's optimizer and metrics.
+
+    Made in the first step, as they are by default, they have TensorFlow trace it twice,
+    which takes longer than many a step. A backup is read into them.
+
+    Args:
+        model: a compiled model.
+        labels: labels of one image, as they come in batches: an integer or a row.
+        classes: number of classes.
+
+    Raises:
+        ValueError: if the model has no weights yet to make them for.
+    """
+    if not model.built:
+        raise ValueError(
+            "The model has no weights yet, so nothing can be trained. Build it first: "
+            "model.build((None, height, width, 3))."
+        )
+    model.optimizer.build(model.trainable_variables)
+    model.compute_metrics(None, labels, np.zeros((1, classes), "float32"))
+    model.reset_metrics()
