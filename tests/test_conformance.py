@@ -7,13 +7,13 @@ calls it on symbols and on numbers, trains it for a step, and computes in half p
 import keras
 import numpy as np
 import pytest
-from conftest import run, to_numpy
+from conftest import run, slow_on_jax, to_numpy
 from keras.src.testing import TestCase
 
 import gcvit
 from gcvit import fast
 
-pytestmark = pytest.mark.numerics
+pytestmark = [pytest.mark.numerics, slow_on_jax]
 
 MAP, WINDOWS, QUERY = (2, 8, 8, 8), (8, 16, 8), (2, 4, 4, 8)
 ONE_LEVEL = {"window_size": (4,), "embed_dim": 8, "depths": (2,), "num_heads": (2,)}

@@ -133,7 +133,7 @@ class _Padded:
 
 @keras.saving.register_keras_serializable(package="gcvit")
 class DepthwiseConv2D(_Padded, layers.DepthwiseConv2D):
-    """Keras's layer, for a window of 3x3, stride 1, without bias.
+    """Keras's layer, for a window of 3x3, stride 1, without activation.
 
     Args:
         pad: pixels of zeros to put on each side of the map first; default 0.
@@ -142,7 +142,9 @@ class DepthwiseConv2D(_Padded, layers.DepthwiseConv2D):
     """
 
     def call(self, x):
-        y = faster("depthwise_conv2d", x, self.kernel, self.pad)
+        y = NotImplemented
+        if not self.use_bias:
+            y = faster("depthwise_conv2d", x, self.kernel, self.pad)
         return super().call(pad_sides(x, self.pad)) if y is NotImplemented else y
 
 
