@@ -89,8 +89,9 @@ format: install ## Format the code and tidy the notebooks
 	$(BIN)/ruff format gcvit tests tools
 	$(BIN)/python tools/book/notebooks.py format
 
+# Without the constraint, the newest h5py brings an older TensorFlow.
 lock: ## Compile requirements-lock.txt anew (needs uv)
-	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	echo 'tensorflow>=2.21' | uv pip compile --quiet --constraint /dev/stdin --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-annotate --no-header --upgrade \
 	  --extra test -o requirements-lock.txt pyproject.toml
 
