@@ -285,8 +285,8 @@ class PretrainedModel(keras.Model):
 
         ONNX is written by PyTorch's own exporter, for images of the size that the model was
         built for, in batches of any size: what Keras calls for it on TensorFlow lacks an
-        operation of the exact GELU. LiteRT is written on TensorFlow, in operations that every
-        runtime of it has.
+        operation of the exact GELU. LiteRT is written on TensorFlow, for one image at a time,
+        in operations that every runtime of it has.
 
         Args:
             filepath: the file or folder to write.
@@ -301,6 +301,8 @@ class PretrainedModel(keras.Model):
             return _export_onnx(self, filepath, **kwargs)
         # Keras would take the shape of the last call, and refuse where there was none.
         shape = (None, *self.built_size, self.in_channels)
+        if format == "litert":  # cannot tell -1 windows of a batch of unknown size
+            shape = (1, *(side or 224 for side in self.built_size), self.in_channels)
         given = {"input_signature": [keras.InputSpec(shape=shape, dtype="float32")], **kwargs}
         if format == "litert" and keras.backend.backend() == "tensorflow":
             return _export_litert(self, super().export, filepath, **given)

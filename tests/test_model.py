@@ -439,7 +439,7 @@ def test_eight_bits_stay_near():
     with pytest.raises(ValueError, match="got 'float8'"):
         model.quantize("float8")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         model.quantize("int8")
     dense = [s for s in model._flatten_layers() if isinstance(s, keras.layers.Dense)]
     assert all(layer.quantization_mode == "int8" for layer in dense)

@@ -23,7 +23,8 @@ def _architecture(model):
     """Return the arguments that build a model like this one, as JSON's types."""
     named = inspect.signature(GCViT.__init__).parameters
     config = json.loads(json.dumps(model.get_config()))
-    return {name: value for name, value in config.items() if name in named}
+    arguments = {name: value for name, value in config.items() if name in named}
+    return {**arguments, "dtype": model.dtype_policy.name}
 
 
 def save_classifier(path, model, class_names, image_size, crop=1.0, **notes):
