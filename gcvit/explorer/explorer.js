@@ -358,21 +358,19 @@
           "caption",
           `${["Local", "Global"][i]}, head ${one.head}, key ${one.key} of the token's window`,
         );
-        const products = [...one.q].map((value, d) => value * one.k[d]);
         for (const [name, values] of [
           ["query", one.q],
           ["key", one.k],
-          ["product", products],
+          ["product", one.products],
         ]) {
           const line = add(table, "tr", "");
           add(line, "th", name, { scope: "row" });
           for (const value of values) add(line, "td", value.toFixed(2));
         }
-        const sum = products.reduce((total, value) => total + value, 0);
         add(
           holder,
           "p",
-          `sum ${written(sum)} × scale ${written(one.scale)} = score ${written(one.score)}; ` +
+          `sum ${written(one.dot)} × scale ${written(one.scale)} = score ${written(one.score)}; ` +
             `+ position bias ${written(one.bias)}; softmax: ${written(one.exp)} / ${written(one.sum)} = ` +
             `weight ${written(one.weight)}`,
         );
@@ -434,7 +432,7 @@
 
     // Strips of small pictures.
 
-    function picture(holder, map, caption, background) {
+    function picture(holder, map, caption, fromZero = false) {
       const figure = add(holder, "figure", "");
       const canvas = add(figure, "canvas", "", { className: "small" });
       canvas.setAttribute("role", "img");
@@ -445,11 +443,11 @@
         canvas.getContext("2d"),
         photo,
         [0, 0, photo.width, photo.height],
-        heatmap(map, colors, background ? 0 : least, most),
+        heatmap(map, colors, fromZero ? 0 : least, most),
         canvas.width,
         canvas.height,
       );
-      add(figure, "figcaption", `${caption}`);
+      add(figure, "figcaption", caption);
     }
 
     /** Say where a layer is, whose name is that of the checkpoint. */
