@@ -136,17 +136,19 @@
     context.globalAlpha = 1;
   }
 
-  function drawGrid(context, [rows, columns], wide, high, ratio) {
+  /** Draw the lines between cells of a width and a height in pixels. */
+  function drawGrid(context, [high, wide], ratio) {
+    const { width, height } = context.canvas;
     context.strokeStyle = "rgba(255, 255, 255, 0.6)";
     context.lineWidth = ratio;
     context.beginPath();
-    for (let i = 1; i < rows; i++) {
-      context.moveTo(0, i * high);
-      context.lineTo(wide, i * high);
+    for (let y = high; y < height - 1; y += high) {
+      context.moveTo(0, y);
+      context.lineTo(width, y);
     }
-    for (let j = 1; j < columns; j++) {
-      context.moveTo(j * wide, 0);
-      context.lineTo(j * wide, high);
+    for (let x = wide; x < width - 1; x += wide) {
+      context.moveTo(x, 0);
+      context.lineTo(x, height);
     }
     context.stroke();
   }
@@ -395,7 +397,7 @@
       let [context, wide, high, ratio] = cleared(who);
       const cell = [high / rows, wide / columns];
       drawOver(context, photo, whole, null, wide, high);
-      drawGrid(context, windows, w * cell[1], h * cell[0], ratio);
+      drawGrid(context, [h * cell[0], w * cell[1]], ratio);
       drawFrame(context, place, [high / h, wide / w], settings.global, 3 * ratio);
       if (windows[0] * windows[1] > 1) {
         drawFrame(context, [top, left], [h * cell[0], w * cell[1]], settings.local, ratio);
@@ -425,7 +427,7 @@
       const heat = looked.global && heatmap({ rows, columns, values: looked.global }, colors);
       drawOver(context, photo, whole, heat, wide, high);
       const window = [(h * high) / rows, (w * wide) / columns];
-      drawGrid(context, windows, window[1], window[0], ratio);
+      drawGrid(context, window, ratio);
       if (windows[0] * windows[1] > 1)
         drawFrame(context, [top, left], window, settings.local, 2 * ratio);
     }
