@@ -200,21 +200,25 @@
       return queue;
     };
 
+    /** Show whether the model is on its way; while it is, it cannot be asked for again. */
+    function showLoading(isLoading) {
+      find(".load").disabled = isLoading;
+      find("progress").hidden = !isLoading;
+      find(".start .note").textContent = isLoading ? "The model is on its way." : settings.note;
+    }
+
     async function load() {
-      find(".load").disabled = true;
-      const bar = find("progress");
-      bar.hidden = false;
-      find(".start .note").textContent = "The model is on its way.";
-      const buffer = await checkpoint(settings.checkpoint, (share) => {
-        bar.value = share;
-      }).catch((error) => {
-        find(".load").disabled = false;
-        bar.hidden = true;
-        throw error;
-      });
-      ask ??= startWorker(root.querySelector('script[type="text/plain"]').textContent);
-      const { imageSize } = settings.checkpoint;
-      made = await ask("load", { buffer, imageSize });
+      showLoading(true);
+      try {
+        const buffer = await checkpoint(settings.checkpoint, (share) => {
+          find("progress").value = share;
+        });
+        ask ??= startWorker(root.querySelector('script[type="text/plain"]').textContent);
+        const { imageSize } = settings.checkpoint;
+        made = await ask("load", { buffer, imageSize });
+      } finally {
+        showLoading(false);
+      }
       fillControls();
       find(".start").hidden = true;
       find(".running").hidden = false;
@@ -674,7 +678,7 @@
     });
     for (const kind of ["local", "global"])
       find(`.key .${kind}`).style.borderColor = settings[kind];
-    find(".start .note").textContent = settings.note;
+    showLoading(false);
     find(".load").addEventListener("click", () => inTurn(load));
     find(".off").remove();
     find(".tool").hidden = false;
