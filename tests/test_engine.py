@@ -629,7 +629,9 @@ def test_the_arithmetic_behind_a_weight_adds_up(tmp_path):
         q = tensors["q"][0 if j else 3, 1, 5]  # a global query has one window
         np.testing.assert_array_equal(says["q"], q)
         np.testing.assert_array_equal(says["k"], tensors["k"][3, 1, 9])
-        np.testing.assert_allclose(says["score"], q @ says["k"] * says["scale"], rtol=1e-4)
+        np.testing.assert_allclose(says["products"], q * says["k"], rtol=1e-6)
+        np.testing.assert_allclose(says["dot"], q @ says["k"], rtol=1e-4)
+        np.testing.assert_allclose(says["score"], says["dot"] * says["scale"], rtol=1e-4)
         assert says["bias"] == tensors["bias"][1, 5, 9]
         weight = tensors["weights"][3, 1, 5, 9]
         np.testing.assert_allclose(says["exp"] / says["sum"], weight, rtol=1e-5)

@@ -118,7 +118,7 @@ def test_larger_models_give_up_layers_then_bits_then_heads():
 def test_the_frame_has_room_for_a_photograph_of_224_pixels(monkeypatch, data):
     page = explorer.show(data).html.encode()
     weights = sum(len(x["codes"]) + len(x["scales"]) for x in data["layers"])
-    monkeypatch.setattr(explorer, "choose", lambda *given: {"layers": [], "bits": 8})
+    monkeypatch.setattr(explorer.explorer, "choose", lambda *given: {"layers": [], "bits": 8})
     photo = explorer.export(None, explain.photograph(224))["image"]
     assert len(page) - weights - len(data["image"]) + len(photo) < explorer.FRAME
 
@@ -147,7 +147,9 @@ def test_show_refuses_a_heavy_page_and_places_outside(data):
 
 def test_explore_is_export_and_show(monkeypatch, data):
     given = []
-    monkeypatch.setattr(explorer, "export", lambda *arguments: given.append(arguments) or data)
+    monkeypatch.setattr(
+        explorer.explorer, "export", lambda *arguments: given.append(arguments) or data
+    )
     page = explorer.explore("model", "image", PLACES, POINT, 300_000)
     assert given == [("model", "image", 300_000)]
     assert page._repr_html_() == page.html == explorer.show(data, PLACES, POINT).html

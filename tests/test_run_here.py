@@ -300,6 +300,23 @@ def test_pages_share_one_copy_of_the_checkpoint(
         assert_answers(page, wanted)
 
 
+def test_a_checkpoint_that_is_not_there_can_be_asked_for_again(
+    browser, checkpoint, examples, tmp_path
+):
+    html = explorer.run_here(checkpoint, examples, address="shared.txt").html
+    write(tmp_path / "page.html", html)
+    with contextlib.closing(browser.new_page()) as page:
+        page.goto((tmp_path / "page.html").as_uri())
+        page.click("text=Run it here")
+        page.wait_for_selector(".trouble:not(:empty)")
+        assert page.inner_text(".trouble") == "There is no shared.txt beside this page."
+        assert page.is_hidden(".running") and page.is_hidden("progress")
+        (tmp_path / "shared.txt").write_text(explorer.checkpoint_script(checkpoint))
+        page.click("text=Run it here")
+        wait_for_run(page)
+        assert page.inner_text(".trouble") == "" and page.is_hidden(".start")
+
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass

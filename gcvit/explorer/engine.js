@@ -749,9 +749,13 @@ export function explainWeight(model, tensors, name, { window, head, query, key }
   const biasRow = (head * tokens + query) * tokens;
   const terms = range(tokens).map((j) => scores.data[row + j] + bias.data[biasRow + j]);
   const most = Math.max(...terms);
+  const [a, b] = [vector(q, q.shape[0] === 1 ? 0 : window, query), vector(k, window, key)];
+  const products = a.map((value, d) => value * b[d]);
   return {
-    q: vector(q, q.shape[0] === 1 ? 0 : window, query),
-    k: vector(k, window, key),
+    q: a,
+    k: b,
+    products,
+    dot: products.reduce((total, product) => total + product, 0),
     scale: model.config.qk_scale ?? share ** -0.5,
     score: scores.data[row + key],
     bias: bias.data[biasRow + key],

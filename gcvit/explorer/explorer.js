@@ -136,17 +136,19 @@
     context.globalAlpha = 1;
   }
 
-  function drawGrid(context, [rows, columns], wide, high, ratio) {
+  /** Draw the lines between cells of a width and a height in pixels. */
+  function drawGrid(context, [high, wide], ratio) {
+    const { width, height } = context.canvas;
     context.strokeStyle = "rgba(255, 255, 255, 0.6)";
     context.lineWidth = ratio;
     context.beginPath();
-    for (let i = 1; i < rows; i++) {
-      context.moveTo(0, i * high);
-      context.lineTo(wide, i * high);
+    for (let y = high; y < height - 1; y += high) {
+      context.moveTo(0, y);
+      context.lineTo(width, y);
     }
-    for (let j = 1; j < columns; j++) {
-      context.moveTo(j * wide, 0);
-      context.lineTo(j * wide, high);
+    for (let x = wide; x < width - 1; x += wide) {
+      context.moveTo(x, 0);
+      context.lineTo(x, height);
     }
     context.stroke();
   }
@@ -198,21 +200,25 @@
       return queue;
     };
 
+    /** Show whether the model is on its way; while it is, it cannot be asked for again. */
+    function showLoading(isLoading) {
+      find(".load").disabled = isLoading;
+      find("progress").hidden = !isLoading;
+      find(".start .note").textContent = isLoading ? "The model is on its way." : settings.note;
+    }
+
     async function load() {
-      find(".load").disabled = true;
-      const bar = find("progress");
-      bar.hidden = false;
-      find(".start .note").textContent = "The model is on its way.";
-      const buffer = await checkpoint(settings.checkpoint, (share) => {
-        bar.value = share;
-      }).catch((error) => {
-        find(".load").disabled = false;
-        bar.hidden = true;
-        throw error;
-      });
-      ask ??= startWorker(root.querySelector('script[type="text/plain"]').textContent);
-      const { imageSize } = settings.checkpoint;
-      made = await ask("load", { buffer, imageSize });
+      showLoading(true);
+      try {
+        const buffer = await checkpoint(settings.checkpoint, (share) => {
+          find("progress").value = share;
+        });
+        ask ??= startWorker(root.querySelector('script[type="text/plain"]').textContent);
+        const { imageSize } = settings.checkpoint;
+        made = await ask("load", { buffer, imageSize });
+      } finally {
+        showLoading(false);
+      }
       fillControls();
       find(".start").hidden = true;
       find(".running").hidden = false;
@@ -358,21 +364,19 @@
           "caption",
           `${["Local", "Global"][i]}, head ${one.head}, key ${one.key} of the token's window`,
         );
-        const products = [...one.q].map((value, d) => value * one.k[d]);
         for (const [name, values] of [
           ["query", one.q],
           ["key", one.k],
-          ["product", products],
+          ["product", one.products],
         ]) {
           const line = add(table, "tr", "");
           add(line, "th", name, { scope: "row" });
           for (const value of values) add(line, "td", value.toFixed(2));
         }
-        const sum = products.reduce((total, value) => total + value, 0);
         add(
           holder,
           "p",
-          `sum ${written(sum)} × scale ${written(one.scale)} = score ${written(one.score)}; ` +
+          `sum ${written(one.dot)} × scale ${written(one.scale)} = score ${written(one.score)}; ` +
             `+ position bias ${written(one.bias)}; softmax: ${written(one.exp)} / ${written(one.sum)} = ` +
             `weight ${written(one.weight)}`,
         );
@@ -397,7 +401,7 @@
       let [context, wide, high, ratio] = cleared(who);
       const cell = [high / rows, wide / columns];
       drawOver(context, photo, whole, null, wide, high);
-      drawGrid(context, windows, w * cell[1], h * cell[0], ratio);
+      drawGrid(context, [h * cell[0], w * cell[1]], ratio);
       drawFrame(context, place, [high / h, wide / w], settings.global, 3 * ratio);
       if (windows[0] * windows[1] > 1) {
         drawFrame(context, [top, left], [h * cell[0], w * cell[1]], settings.local, ratio);
@@ -427,14 +431,14 @@
       const heat = looked.global && heatmap({ rows, columns, values: looked.global }, colors);
       drawOver(context, photo, whole, heat, wide, high);
       const window = [(h * high) / rows, (w * wide) / columns];
-      drawGrid(context, windows, window[1], window[0], ratio);
+      drawGrid(context, window, ratio);
       if (windows[0] * windows[1] > 1)
         drawFrame(context, [top, left], window, settings.local, 2 * ratio);
     }
 
     // Strips of small pictures.
 
-    function picture(holder, map, caption, background) {
+    function picture(holder, map, caption, fromZero = false) {
       const figure = add(holder, "figure", "");
       const canvas = add(figure, "canvas", "", { className: "small" });
       canvas.setAttribute("role", "img");
@@ -445,11 +449,11 @@
         canvas.getContext("2d"),
         photo,
         [0, 0, photo.width, photo.height],
-        heatmap(map, colors, background ? 0 : least, most),
+        heatmap(map, colors, fromZero ? 0 : least, most),
         canvas.width,
         canvas.height,
       );
-      add(figure, "figcaption", `${caption}`);
+      add(figure, "figcaption", caption);
     }
 
     /** Say where a layer is, whose name is that of the checkpoint. */
@@ -674,7 +678,7 @@
     });
     for (const kind of ["local", "global"])
       find(`.key .${kind}`).style.borderColor = settings[kind];
-    find(".start .note").textContent = settings.note;
+    showLoading(false);
     find(".load").addEventListener("click", () => inTurn(load));
     find(".off").remove();
     find(".tool").hidden = false;
