@@ -51,7 +51,6 @@ class _Later:
 
 for _name, _module in (
     ("LayerwiseAdamW", "gcvit.fine_tuning"),
-    ("WarmupCosine", "gcvit.fine_tuning"),
     ("Switched", "gcvit.laboratory"),
 ):
     keras.saving.get_custom_objects()[f"gcvit>{_name}"] = _Later(_module, _name)

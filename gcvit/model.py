@@ -200,13 +200,6 @@ class GCViT(PretrainedModel):
             return (shape[0], self.num_classes)
         return (shape[0], shape[-1]) if self.pooling else shape
 
-    def make_train_function(self, force=False):
-        # Where the first step makes the optimizer's variables, TensorFlow traces and compiles
-        # it twice.
-        if self.built and self.optimizer is not None and not self.optimizer.built:
-            self.optimizer.build(self.trainable_variables)
-        return super().make_train_function(force)
-
     def get_config(self):
         config = {name: getattr(self, name) for name in ARGUMENTS}
         config["head_activation"] = keras.activations.serialize(

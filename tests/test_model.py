@@ -6,7 +6,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from unittest import mock
 
 import keras
 import numpy as np
@@ -86,17 +85,6 @@ def test_training_drops_paths_sample_by_sample():
     trained = to_numpy(model(batch, training=True))
     assert np.abs(trained - trained[0]).max() > 1e-6  # one image, eight different outcomes
     assert np.ptp(run(model, batch), axis=0).max() < 1e-6
-
-
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="what TensorFlow does")
-def test_a_built_models_training_step_is_traced_once(monkeypatch):
-    model = GCViT((2,), 4, (2,), (1,), num_classes=3, mlp_ratio=1.0)
-    model.build((None, 32, 32, 3))
-    model.compile("adam", "sparse_categorical_crossentropy", jit_compile=False)
-    traced = mock.Mock(wraps=model.train_step)
-    monkeypatch.setattr(model, "train_step", traced)
-    model.fit(RNG.normal(size=(4, 32, 32, 3)), np.zeros(4, int), batch_size=2, verbose=0)
-    assert traced.call_count == 1
 
 
 @pytest.mark.parametrize(
