@@ -138,8 +138,7 @@ def accuracy(model, data, size, most=(1, 5)):
 def optimizer(phase, steps):
     """Return Muon for the matrices, AdamW for all else, averaging the weights.
 
-    Of 600 steps with either alone, at 64 px, Muon left 0.107 of the held-out images right where
-    AdamW, at the same rate, left 0.018.
+    After as many steps at the same rate, AdamW alone is several times as far from the end.
     """
     peak, end = phase["rates"]
     rate = keras.optimizers.schedules.CosineDecay(
