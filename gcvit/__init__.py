@@ -50,7 +50,7 @@ class _Later:
 
 
 for _name, _module in (
-    ("LayerwiseAdamW", "gcvit.fine_tuning"),
+    ("LayerwiseAdamW", "gcvit.fine_tuning.recipes"),
     ("Switched", "gcvit.laboratory"),
 ):
     keras.saving.get_custom_objects()[f"gcvit>{_name}"] = _Later(_module, _name)

@@ -9,13 +9,11 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import chromium
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 from gcvit import GCViT, fine_tuning
 from gcvit.fine_tuning import Photographs
@@ -99,6 +97,10 @@ def same_weights(model, before):
 # Of a module: while Playwright runs, nothing else in the process can use asyncio.
 @pytest.fixture(scope="module")
 def browser():
+    # Here, since processes that tests start import this file without tools/ on their path.
+    import chromium
+    from playwright.sync_api import sync_playwright
+
     if chromium.executable() is None:
         pytest.skip(f"needs Chromium: none of {', '.join(chromium.NAMES)} is installed")
     with sync_playwright() as playwright, contextlib.closing(chromium.launch(playwright)) as found:

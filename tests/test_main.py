@@ -246,5 +246,5 @@ def test_convert_fails_in_one_sentence(tmp_path, capsys):
     (tmp_path / "page.keras").write_text("<html>")
     assert main(["convert", str(tmp_path / "page.keras"), str(tmp_path / "out.keras")]) == 1
     shown = capsys.readouterr()
-    assert shown.err.startswith("gcvit: ") and "of a kind that is not supported" in shown.err
+    assert shown.err.startswith("gcvit: ") and "is a web page, not a checkpoint" in shown.err
     assert not (tmp_path / "out.keras").exists()
