@@ -382,7 +382,9 @@ def prefetch(arguments):
         result = {"name": name, "bytes": size}
         results.append(result)
         with _progress_elsewhere(arguments.json):
-            print(f"{name}: {f'{size / 1e6:,.0f} MB' if size else 'size not listed'}", flush=True)
+            # A checkpoint whose size is not listed holds at least the weights, in four bytes each.
+            least = size or 4 * PRESETS[name.partition("/")[0]]["parameters"]
+            print(f"{name}: {'' if size else 'at least '}{least / 1e6:,.0f} MB", flush=True)
             if arguments.list:
                 continue
             try:

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import re
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
@@ -36,15 +37,25 @@ class CommandLine(Directive):
 
 
 def signature(app, what, name, obj, options, arguments, returned):
-    """Give a class the arguments of its `__init__`: Keras's `__new__` takes any."""
+    """Give a class the arguments of its `__init__`, without types: Keras's `__new__` takes any."""
     if what != "class":
         return None
-    whole = inspect.signature(obj.__init__)
-    own = [p for p in whole.parameters.values() if p.name not in ("self", "kwargs")]
-    return str(whole.replace(parameters=own, return_annotation=whole.empty)), None
+    own = [
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for parameter in inspect.signature(obj.__init__).parameters.values()
+        if parameter.name not in ("self", "kwargs")
+    ]
+    return str(inspect.Signature(own)), None
+
+
+def docstring(app, what, name, obj, options, lines):
+    """Make the label of a paragraph bold, as Napoleon does those of lists."""
+    for i, line in enumerate(lines):
+        lines[i] = re.sub(r"^(Shapes|Source): ", r"**\1:** ", line)
 
 
 def setup(app):
     app.add_directive("command-line", CommandLine)
     app.connect("autodoc-process-signature", signature)
+    app.connect("autodoc-process-docstring", docstring)
     return {"parallel_read_safe": True}
