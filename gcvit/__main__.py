@@ -71,7 +71,11 @@ def train_arguments(parser):
         "folder", type=Path, metavar="DIR", help="folder of a folder for each class"
     )
     parser.add_argument(
-        "--preset", default="gcvit_nano", choices=PRESETS, help="default: %(default)s"
+        "--preset",
+        default="gcvit_nano",
+        choices=PRESETS,
+        metavar="PRESET",
+        help=f"{', '.join(PRESETS)}; default: %(default)s",
     )
     parser.add_argument(
         "--weights",
