@@ -77,7 +77,7 @@ serve: ## Open the built book at http://localhost:8000 (PORT=... for another)
 
 lint: install ## Check format, style, the notebooks' tidiness and the workflows
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check gcvit tests tools
+	$(BIN)/ruff format --check examples gcvit tests tools
 	$(BIN)/python tools/book/notebooks.py check
 	$(BIN)/python tools/book/glossary.py check
 	$(BIN)/zizmor --offline --quiet .github
@@ -86,7 +86,7 @@ lint: install ## Check format, style, the notebooks' tidiness and the workflows
 
 format: install ## Format the code and tidy the notebooks
 	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format gcvit tests tools
+	$(BIN)/ruff format examples gcvit tests tools
 	$(BIN)/python tools/book/notebooks.py format
 
 # Without the constraint, the newest h5py brings an older TensorFlow.

@@ -1,4 +1,4 @@
-"""The package from a shell: `python -m gcvit train`, `predict` and `convert`.
+"""The package from a shell: `python -m gcvit train`, `predict`, `convert` and `prefetch`.
 
 Each command is a function of its parsed arguments that returns an exit code: 0 where all went
 well, 1 where something failed and was said in one sentence, 130 after Ctrl-C. What is wrong
@@ -20,7 +20,7 @@ import numpy as np
 from gcvit import fine_tuning
 from gcvit.convert import FORMATS
 from gcvit.convert import convert as convert_checkpoint
-from gcvit.fine_tuning.datasets import short_side_for
+from gcvit.fine_tuning.datasets import FLOWERS_ARCHIVE, flowers_folder, short_side_for
 from gcvit.model import GCViT
 from gcvit.presets import PRESETS
 from gcvit.weights import locate, looks_like_path
@@ -71,7 +71,11 @@ def train_arguments(parser):
         "folder", type=Path, metavar="DIR", help="folder of a folder for each class"
     )
     parser.add_argument(
-        "--preset", default="gcvit_nano", choices=PRESETS, help="default: %(default)s"
+        "--preset",
+        default="gcvit_nano",
+        choices=PRESETS,
+        metavar="PRESET",
+        help=f"{', '.join(PRESETS)}; default: %(default)s",
     )
     parser.add_argument(
         "--weights",
@@ -325,11 +329,96 @@ def convert(arguments):
     return 0
 
 
+# Prefetch.
+
+
+def prefetch_arguments(parser):
+    """Add the arguments of `prefetch`."""
+    parser.description = (
+        "Fetch weights and photographs now, for work without a network later. What is already "
+        "there is not fetched again; of what cannot be fetched, the exit code is 1."
+    )
+    parser.add_argument(
+        "names",
+        nargs="*",
+        type=prefetchable,
+        metavar="NAME",
+        help="a preset, for the weights that it lists first, a preset and its weights, as "
+        "gcvit_tiny/timm, or flowers, for the photographs of chapter 8; default: "
+        + " ".join(PREFETCHED),
+    )
+    parser.add_argument("--all", action="store_true", help="every preset, and the flowers")
+    parser.add_argument(
+        "--list", action="store_true", help="say what there is and how large it is; fetch nothing"
+    )
+
+
+PREFETCHED = ("gcvit_xxtiny", "flowers")
+"""What the chapters fetch where there is a network."""
+
+
+def prefetchable(text):
+    """Return (name, entry): an entry of a preset's weights, or `None` for the flowers."""
+    if text == "flowers":
+        return text, None
+    preset, _, weights = text.partition("/")
+    if preset not in PRESETS:
+        known = ", ".join([*PRESETS, "flowers"])
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}")
+    listed = PRESETS[preset]["weights"]
+    weights = weights or next(iter(listed))
+    if weights not in listed:
+        raise argparse.ArgumentTypeError(f"{preset} lists {', '.join(listed)}; got {weights!r}")
+    return f"{preset}/{weights}", listed[weights]
+
+
+def prefetch(arguments):
+    """Fetch weights and photographs, for work without a network later."""
+    names = arguments.names or map(prefetchable, PREFETCHED)
+    if arguments.list:
+        weights = [f"{preset}/{name}" for preset in PRESETS for name in PRESETS[preset]["weights"]]
+        names = map(prefetchable, [*weights, "flowers"])
+    elif arguments.all:
+        names = map(prefetchable, [*PRESETS, "flowers"])
+    results = []
+    for name, entry in names:
+        size = FLOWERS_ARCHIVE["size"] if entry is None else entry["size"]
+        result = {"name": name, "bytes": size}
+        results.append(result)
+        with _progress_elsewhere(arguments.json):
+            # A checkpoint whose size is not listed holds at least the weights, in four bytes each.
+            least = size or 4 * PRESETS[name.partition("/")[0]]["parameters"]
+            print(f"{name}: {'' if size else 'at least '}{least / 1e6:,.0f} MB", flush=True)
+            if arguments.list:
+                continue
+            try:
+                path = _fetched(entry)
+            except (OSError, ValueError) as error:
+                result["error"] = str(error)
+                print(f"gcvit: {error}", file=sys.stderr)
+                continue
+            result["path"] = os.fspath(path)
+            result["bytes"] = size or path.stat().st_size
+            print(f"{name} is at {path}, {result['bytes'] / 1e6:,.0f} MB", flush=True)
+    if arguments.json:
+        print(json.dumps(results))
+    return 1 if any("error" in result for result in results) else 0
+
+
+def _fetched(entry):
+    """Return the path of weights, or, for no entry, of the flowers, fetched if need be."""
+    if entry is not None:
+        return locate(entry)
+    fine_tuning.flowers()
+    return flowers_folder()
+
+
 # All commands: name, what adds its arguments, what runs it.
 COMMANDS = (
     ("convert", convert_arguments, convert),
     ("train", train_arguments, train),
     ("predict", predict_arguments, predict),
+    ("prefetch", prefetch_arguments, prefetch),
 )
 
 

@@ -208,3 +208,10 @@ PRESETS = {
         },
     ),
 }
+"""The published variants by name, and `gcvit_nano`, which ships; imported as `gcvit.PRESETS`.
+
+Each is a dict: "config" holds the arguments of `GCViT`, "image_size" the side in pixels that it
+was trained at, "crop" the share of a photograph's sides that an evaluation looks at, "parameters",
+"top1" (percent on ImageNet) and "gflops" what was published (`None` where it was not), "license"
+that of the weights, and "weights" a dict from a name to where a checkpoint is.
+"""

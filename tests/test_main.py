@@ -1,15 +1,18 @@
 """The package from a shell: exit codes, what is printed where, and what Ctrl-C leaves."""
 
+import http.server
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import serving
 from PIL import Image
 from skimage import data
 
-from gcvit import GCViT, fine_tuning
+from gcvit import PRESETS, FetchError, GCViT, fine_tuning
 from gcvit.__main__ import COMMANDS, main
 from gcvit.images import MEAN, normalize, resize
 from gcvit.readers import CheckpointError, training_notes
@@ -248,3 +251,114 @@ def test_convert_fails_in_one_sentence(tmp_path, capsys):
     shown = capsys.readouterr()
     assert shown.err.startswith("gcvit: ") and "is a web page, not a checkpoint" in shown.err
     assert not (tmp_path / "out.keras").exists()
+
+
+class Weights(http.server.BaseHTTPRequestHandler):
+    """Answers with 1,000 bytes for whatever is asked; what is called missing is not there."""
+
+    def do_GET(self):
+        self.server.requests.append(self.path)
+        if "missing" in self.path:
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(bytes(1000))
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def downloads(tmp_path, monkeypatch):
+    """Serve the weights of gcvit_xxtiny from here; yield the addresses that are asked for."""
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setattr(fine_tuning, "flowers", lambda: server.requests.append("flowers"))
+    with serving(Weights) as server:
+        server.requests = []
+        entries = {
+            name: {"url": f"{server.url}/{name}", "name": name, "size": size, "sha256": None}
+            for name, size in (("imagenet", 1000), ("official", None), ("missing", None))
+        }
+        monkeypatch.setitem(PRESETS["gcvit_xxtiny"], "weights", entries)
+        yield server.requests
+
+
+def test_prefetch_fetches_what_the_chapters_take_and_only_once(downloads, tmp_path, capsys):
+    for _ in range(2):
+        assert main(["prefetch"]) == 0
+    assert downloads == ["/imagenet", "flowers", "flowers"]  # the second finds what is there
+    shown = capsys.readouterr().out
+    assert f"gcvit_xxtiny/imagenet is at {tmp_path / 'models' / 'imagenet'}" in shown
+    assert "flowers: 229 MB" in shown and "1000/1000" in shown
+
+
+def test_prefetch_takes_names_and_goes_on_after_a_failure(downloads, tmp_path, capsys):
+    names = ["gcvit_xxtiny/missing", "gcvit_xxtiny/official", "gcvit_nano"]
+    assert main(["prefetch", *names, "--json"]) == 1
+    shown = capsys.readouterr()
+    missing, official, nano = json.loads(shown.out)
+    assert "Not Found" in missing["error"] and missing["error"] in shown.err
+    assert official == {
+        "name": "gcvit_xxtiny/official",
+        "bytes": 1000,
+        "path": str(tmp_path / "models" / "official"),
+    }
+    assert nano["path"] == str(NANO) and downloads == ["/missing", "/official"]
+
+
+def test_prefetch_says_that_the_flowers_cannot_be_fetched(downloads, monkeypatch, capsys):
+    def no_network():
+        raise FetchError("no network")
+
+    monkeypatch.setattr(fine_tuning, "flowers", no_network)
+    assert main(["prefetch", "flowers"]) == 1
+    assert capsys.readouterr().err == "gcvit: no network\n"
+
+
+def test_prefetch_lists_what_there_is_and_fetches_nothing(downloads, capsys):
+    assert main(["prefetch", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "gcvit_xxtiny/official: at least 48 MB" in lines and "flowers: 229 MB" in lines
+    assert len(lines) == 1 + sum(len(preset["weights"]) for preset in PRESETS.values())
+    assert downloads == []
+
+
+def test_prefetch_all_takes_each_preset_s_first_weights(downloads, monkeypatch, tmp_path, capsys):
+    first = PRESETS["gcvit_xxtiny"]["weights"]["imagenet"]
+    for preset in set(PRESETS) - {"gcvit_nano"}:
+        monkeypatch.setitem(PRESETS[preset], "weights", {"a": {**first, "name": preset}})
+    assert main(["prefetch", "--all"]) == 0
+    assert downloads == [*["/imagenet"] * (len(PRESETS) - 1), "flowers"]
+    fetched = {path.name for path in (tmp_path / "models").iterdir()}
+    assert fetched == set(PRESETS) - {"gcvit_nano"}
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("gcvit_huge", "none of gcvit_xxtiny, "), ("gcvit_nano/timm", "lists flowers")],
+)
+def test_prefetch_names_what_it_knows(name, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["prefetch", name])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_example_in_the_readme_is_the_file_and_runs(tmp_path):
+    root = Path(__file__).resolve().parent.parent
+    example = root / "examples" / "predict.py"
+    text = example.read_text(encoding="utf-8")
+    assert f"```python\n{text}```" in (root / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 30
+    Image.fromarray(data.chelsea()).save(tmp_path / "cat.png")
+    done = subprocess.run(
+        [sys.executable, example, tmp_path / "cat.png"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split() for line in done.stdout.splitlines()]
+    ((_, probabilities),) = fine_tuning.load_classifier(NANO).predict([tmp_path / "cat.png"])
+    names = json.loads(training_notes(NANO)["classes"])
+    expected = sorted(zip(probabilities, names, strict=True), reverse=True)
+    assert [name for _, name in rows] == [name for _, name in expected]
+    for (shown, _), (probability, _) in zip(rows, expected, strict=True):
+        assert float(shown) == pytest.approx(probability, abs=1e-3)

@@ -133,6 +133,9 @@ def configuration(executed):
         return CONFIG
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     config["execute"]["execute_notebooks"] = "off"
+    # Jupyter Book looks for them from where the configuration lies.
+    extensions = config["sphinx"]["local_extensions"]
+    config["sphinx"]["local_extensions"] = {n: str(ROOT / path) for n, path in extensions.items()}
     BUILD.mkdir(exist_ok=True)
     path = BUILD / "executed_config.yml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
