@@ -1,35 +1,12 @@
-"""Chapter 10: the model in the page, and its attention weights packed small."""
+"""Chapter 10: the model in the page, and a figure of what it shows."""
 
 from gcvit.explorer.explorer import (
-    FRAME,
-    LIMIT,
     Page,
+    checkpoint_address,
     checkpoint_script,
-    choose,
-    explore,
-    export,
-    pack,
     picture,
     run_here,
-    show,
     token_at,
-    unpack,
-    weights_of,
 )
 
-__all__ = [
-    "FRAME",
-    "LIMIT",
-    "Page",
-    "checkpoint_script",
-    "choose",
-    "explore",
-    "export",
-    "pack",
-    "picture",
-    "run_here",
-    "show",
-    "token_at",
-    "unpack",
-    "weights_of",
-]
+__all__ = ["Page", "checkpoint_address", "checkpoint_script", "picture", "run_here", "token_at"]
