@@ -98,7 +98,7 @@ def assert_answers(page, probabilities, where=".answers"):
     """Assert that the page shows the five most probable classes of these probabilities."""
     order = np.argsort(-probabilities)[:5]
     shown = page.eval_on_selector_all(
-        ".answers li",
+        f"{where} li",
         "x => x.map(y => [...y.querySelectorAll('.answer > span')].map(z => z.textContent))",
     )
     assert [name for name, _ in shown] == [CLASSES[i] for i in order]
