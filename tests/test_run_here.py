@@ -141,8 +141,11 @@ def test_the_page_gives_the_answers_of_keras(open_page, run_here, small):
 
 
 @pytest.mark.parametrize("scripts", [True, False])
-def test_before_the_model_is_loaded_its_answer_is_there(open_page, run_here, small, scripts):
+def test_before_the_model_is_loaded_its_answer_is_there(
+    open_page, run_here, small, examples, scripts
+):
     html, (model, _) = run_here.read_text(), small
+    assert np.array_equal(explorer.as_stored(examples["cat"]), decoded(html, "cat"))
     page = open_page(run_here, java_script_enabled=scripts)
     assert page.is_visible(".stored img") and page.is_visible(".stored ol")
     assert page.is_visible("text=Scripts do not run here") != scripts

@@ -2,6 +2,7 @@
 
 from gcvit.explorer.explorer import (
     Page,
+    as_stored,
     checkpoint_address,
     checkpoint_script,
     picture,
@@ -9,4 +10,12 @@ from gcvit.explorer.explorer import (
     token_at,
 )
 
-__all__ = ["Page", "checkpoint_address", "checkpoint_script", "picture", "run_here", "token_at"]
+__all__ = [
+    "Page",
+    "as_stored",
+    "checkpoint_address",
+    "checkpoint_script",
+    "picture",
+    "run_here",
+    "token_at",
+]

@@ -149,14 +149,25 @@ def _data_address(jpeg):
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
 
 
-def _answers(path, notes, jpeg):
-    """Return what Keras says of a JPEG: the five most probable classes, (name, probability)."""
-    config, size = json.loads(notes["config"]), pair("image_size", json.loads(notes["image_size"]))
-    model = GCViT(**config)
+def as_stored(image):
+    """Return an example photograph as the page stores it: smaller, and a JPEG.
+
+    Args:
+        image: (height, width, 3), from 0 to 255.
+
+    Returns:
+        (height, width, 3) uint8. What Keras says of these pixels is what the page says.
+    """
+    return np.asarray(Image.open(io.BytesIO(_jpeg(image))))
+
+
+def _answers(path, notes, image):
+    """Return what Keras says of a photograph: the five likeliest classes, (name, probability)."""
+    size = pair("image_size", json.loads(notes["image_size"]))
+    model = GCViT(**json.loads(notes["config"]))
     model.build((None, *size, 3))
     load_checkpoint(model, path)
-    photo = np.asarray(Image.open(io.BytesIO(jpeg)))
-    images = normalize(resize(photo, size, json.loads(notes.get("crop", "1"))))[None]
+    images = normalize(resize(image, size, json.loads(notes.get("crop", "1"))))[None]
     probabilities = ops.convert_to_numpy(model(images))[0]
     classes = json.loads(notes["classes"])
     return [(classes[i], float(probabilities[i])) for i in np.argsort(-probabilities)[:5]]
@@ -211,8 +222,7 @@ def run_here(path, examples, image_size=None, address=None):
     else:
         checkpoint |= {"address": address, "length": len(script)}
     heat = colormaps[figures.HEAT](np.linspace(0, 1, 33))
-    jpegs = {name: _jpeg(image) for name, image in examples.items()}
-    addresses = {name: _data_address(jpeg) for name, jpeg in jpegs.items()}
+    addresses = {name: _data_address(_jpeg(image)) for name, image in examples.items()}
     settings = {
         "checkpoint": checkpoint,
         "examples": [{"name": name, "image": image} for name, image in addresses.items()],
@@ -227,7 +237,9 @@ def run_here(path, examples, image_size=None, address=None):
         "css": texts["explorer.css"],
         "name": html.escape(first),
         "image": addresses[first],
-        "answers": "".join(_answer_item(*x) for x in _answers(path, notes, jpegs[first])),
+        "answers": "".join(
+            _answer_item(*x) for x in _answers(path, notes, as_stored(examples[first]))
+        ),
         "settings": json.dumps(settings, separators=(",", ":")).replace("<", "\\u003c"),
         # A page that was opened as a file may start plain scripts as workers, and no modules.
         "worker": re.sub("^export ", "", texts["engine.js"], flags=re.M) + texts["worker.js"],
