@@ -9,6 +9,8 @@ import build_book
 import nbformat
 import pytest
 
+from gcvit import explorer
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -77,6 +79,16 @@ def project(folder, **chapters):
         text=True,
         check=False,
     )
+
+
+def test_the_pages_find_the_checkpoint_beside_them(book, monkeypatch):
+    (book / "gcvit" / "checkpoints").mkdir()
+    (book / "gcvit" / "checkpoints" / "nano.safetensors").write_bytes(b"\x00weights")
+    (book / "html").mkdir()
+    monkeypatch.setattr(build_book, "HTML", book / "html")
+    build_book.share_checkpoints()
+    shared = book / "html" / explorer.checkpoint_address("nano.safetensors")
+    assert '["nano.safetensors"]="AHdlaWdodHM=";' in shared.read_text()
 
 
 def test_an_error_names_the_chapter_and_the_cell(tmp_path):

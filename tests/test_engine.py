@@ -114,20 +114,12 @@ def ask(*calls):
     return decode(json.loads(done.stdout))
 
 
-def ask_chromium(*calls):
+def ask_chromium(browser, *calls):
     """Return what Chromium answers to the same."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("needs Chromium to run engine.js in a page")
     address = "data:text/javascript;base64," + base64.b64encode(ENGINE.read_bytes()).decode()
     script = f"async (calls) => {{ const engine = await import('{address}'); {ASK}"
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        with contextlib.closing(browser):
-            answer = browser.new_page().evaluate(
-                script + "return ask(engine, calls); }", encode(calls)
-            )
+    with contextlib.closing(browser.new_page()) as page:
+        answer = page.evaluate(script + "return ask(engine, calls); }", encode(calls))
     return decode(json.loads(answer))
 
 
@@ -296,11 +288,12 @@ def test_every_tensor_is_that_of_keras(name, tmp_path):
         compare(answer, intermediates(model, image))
 
 
-def test_chromium_computes_the_same(tmp_path):
+def test_chromium_computes_the_same(browser, tmp_path):
     name = "windows that are not square"
     model, config = model_of(name)
     image = picture_of("not square")
     _, answer = ask_chromium(
+        browser,
         ["createModel", file_of(model, config, tmp_path)],
         ["run", image.ravel(), *image.shape[:2]],
     )
@@ -318,8 +311,8 @@ def without_head(attn, x, q_global=None):
 
 
 def in_parts(attn):
-    wall = laboratory.apart(attn.window_size[0], 4)
-    return type(attn).relative_position_bias(attn) + wall
+    mask = laboratory.block_mask(attn.window_size[0], 4)
+    return type(attn).relative_position_bias(attn) + mask
 
 
 def levels(*indices):

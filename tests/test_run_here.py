@@ -7,51 +7,16 @@ import http.server
 import io
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
 from conftest import serving
 from keras import ops
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
 from gcvit import GCViT, explain, explorer
-from gcvit.fine_tuning import normalize
+from gcvit.images import normalize
 from gcvit.weights import save_safetensors
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("needs Chromium to look at a page with")
-    with sync_playwright() as driver:
-        launched = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        with contextlib.closing(launched):
-            yield launched
-
-
-@pytest.fixture
-def open_page(browser):
-    """Return what opens a file in a page of its own, which must log nothing and ask nobody."""
-    contexts, faults = [], []
-
-    def opened(path, width=1280, height=900, **options):
-        viewport = {"width": width, "height": height}
-        contexts.append(browser.new_context(viewport=viewport, **options))
-        page = contexts[-1].new_page()
-        near = ("file:", "data:", "blob:")
-        page.on("console", lambda message: faults.append(message.text))
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("request", lambda r: r.url.startswith(near) or faults.append(r.url))
-        page.goto(path.as_uri())
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert faults == []
 
 
 def write(path, piece):
@@ -129,11 +94,12 @@ def as_seen(photo, size=(SEEN, SEEN)):
     return normalize(np.asarray(seen, "float32"))[None]
 
 
-def assert_answers(page, probabilities):
+def assert_answers(page, probabilities, where=".answers"):
     """Assert that the page shows the five most probable classes of these probabilities."""
     order = np.argsort(-probabilities)[:5]
     shown = page.eval_on_selector_all(
-        ".answers li", "x => x.map(y => [...y.querySelectorAll('span')].map(z => z.textContent))"
+        f"{where} li",
+        "x => x.map(y => [...y.querySelectorAll('.answer > span')].map(z => z.textContent))",
     )
     assert [name for name, _ in shown] == [CLASSES[i] for i in order]
     percent = [float(share.rstrip("%")) for _, share in shown]
@@ -172,6 +138,23 @@ def test_the_page_gives_the_answers_of_keras(open_page, run_here, small):
             change(page, lambda: page.click(".examples label:nth-of-type(2)"))
         assert_answers(page, predict(model, images))
         assert page.inner_text(".said").startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_before_the_model_is_loaded_its_answer_is_there(
+    open_page, run_here, small, examples, scripts
+):
+    html, (model, _) = run_here.read_text(), small
+    assert np.array_equal(explorer.as_stored(examples["cat"]), decoded(html, "cat"))
+    page = open_page(run_here, java_script_enabled=scripts)
+    assert page.is_visible(".stored img") and page.is_visible(".stored ol")
+    assert page.is_visible("text=Scripts do not run here") != scripts
+    assert page.is_visible("text=Run it here") == scripts
+    assert_answers(page, predict(model, as_seen(decoded(html, "cat"))), ".stored")
+    if scripts:
+        page.click("text=Run it here")
+        wait_for_run(page)
+        assert page.is_hidden(".stored")
 
 
 def test_the_page_shows_the_weights_of_keras(open_page, run_here, small):
@@ -300,16 +283,18 @@ def test_pages_share_one_copy_of_the_checkpoint(
         assert_answers(page, wanted)
 
 
+@pytest.mark.parametrize("over", ["file", "http"])
 def test_a_checkpoint_that_is_not_there_can_be_asked_for_again(
-    browser, checkpoint, examples, tmp_path
+    browser, checkpoint, examples, tmp_path, over
 ):
     html = explorer.run_here(checkpoint, examples, address="shared.txt").html
     write(tmp_path / "page.html", html)
-    with contextlib.closing(browser.new_page()) as page:
-        page.goto((tmp_path / "page.html").as_uri())
+    handler = functools.partial(Quiet, directory=tmp_path)
+    with serving(handler) as server, contextlib.closing(browser.new_page()) as page:
+        page.goto(f"{tmp_path.as_uri() if over == 'file' else server.url}/page.html")
         page.click("text=Run it here")
         page.wait_for_selector(".trouble:not(:empty)")
-        assert page.inner_text(".trouble") == "There is no shared.txt beside this page."
+        assert page.inner_text(".trouble").startswith("There is no shared.txt beside this page:")
         assert page.is_hidden(".running") and page.is_hidden("progress")
         (tmp_path / "shared.txt").write_text(explorer.checkpoint_script(checkpoint))
         page.click("text=Run it here")

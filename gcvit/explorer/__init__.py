@@ -1,35 +1,21 @@
-"""Chapter 10: the model in the page, and its attention weights packed small."""
+"""Chapter 10: the model in the page, and a figure of what it shows."""
 
 from gcvit.explorer.explorer import (
-    FRAME,
-    LIMIT,
     Page,
+    as_stored,
+    checkpoint_address,
     checkpoint_script,
-    choose,
-    explore,
-    export,
-    pack,
     picture,
     run_here,
-    show,
     token_at,
-    unpack,
-    weights_of,
 )
 
 __all__ = [
-    "FRAME",
-    "LIMIT",
     "Page",
+    "as_stored",
+    "checkpoint_address",
     "checkpoint_script",
-    "choose",
-    "explore",
-    "export",
-    "pack",
     "picture",
     "run_here",
-    "show",
     "token_at",
-    "unpack",
-    "weights_of",
 ]

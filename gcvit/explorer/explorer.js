@@ -42,29 +42,32 @@
   const bytesOf = (base64) => Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
 
   /** Return the bytes of the checkpoint, from this page or from the file that all pages share. */
-  async function checkpoint({ base64, address, name }, progress) {
+  async function checkpoint({ base64, address, name, length }, progress) {
     if (base64) return bytesOf(base64).buffer;
+    const missing = new Error(
+      `There is no ${address} beside this page: run the chapter in a notebook, which brings its own.`,
+    );
     if (location.protocol === "file:") {
       // A page that was opened as a file may not fetch, but it may load a script.
       await new Promise((resolve, reject) => {
         const script = Object.assign(document.createElement("script"), { src: address });
         script.onload = resolve;
-        script.onerror = () => reject(new Error(`There is no ${address} beside this page.`));
+        script.onerror = () => reject(missing);
         document.head.append(script);
       });
       return bytesOf(globalThis.gcvitCheckpoints[name]).buffer;
     }
     const response = await fetch(address);
+    if (response.status === 404) throw missing;
     if (!response.ok) throw new Error(`${address} answers ${response.status}.`);
-    const total = Number(response.headers.get("content-length"));
     const parts = [];
-    let length = 0;
+    let arrived = 0;
     for (const reader = response.body.getReader(); ;) {
       const { done, value } = await reader.read();
       if (done) break;
       parts.push(value);
-      length += value.length;
-      if (total) progress(length / total);
+      arrived += value.length;
+      progress(arrived / length);
     }
     const text = await new Blob(parts).text();
     return bytesOf(text.split('"')[3]).buffer; // of (...)["name"]="base64"
@@ -220,7 +223,7 @@
         showLoading(false);
       }
       fillControls();
-      find(".start").hidden = true;
+      find(".start").hidden = find(".stored").hidden = true;
       find(".running").hidden = false;
       new ResizeObserver(draw).observe(find(".panes"));
       await showExample(0);
@@ -275,6 +278,7 @@
         const item = add(find(".answers"), "li", "");
         const button = add(item, "button", "", {
           type: "button",
+          className: "answer",
           title: "Where does this come from?",
         });
         add(button, "span", name);
