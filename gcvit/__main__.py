@@ -8,7 +8,6 @@ with the arguments themselves ends with 2.
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -20,9 +19,11 @@ import numpy as np
 from gcvit import fine_tuning
 from gcvit.convert import FORMATS
 from gcvit.convert import convert as convert_checkpoint
+from gcvit.fine_tuning.classifier import json_text, parsed_json
 from gcvit.fine_tuning.datasets import FLOWERS_ARCHIVE, flowers_folder, short_side_for
 from gcvit.model import GCViT
 from gcvit.presets import PRESETS
+from gcvit.readers import training_notes
 from gcvit.weights import locate, looks_like_path
 
 INTERRUPTED = 130
@@ -39,11 +40,12 @@ def positive_integer(text):
     return value
 
 
-def multiple_of_32(text):
-    value = positive_integer(text)
-    if value % 32:
+def image_size(text):
+    """Return "64" as 64 and "64x96" as (64, 96): multiples of 32."""
+    sides = tuple(positive_integer(side) for side in text.lower().split("x"))
+    if len(sides) > 2 or any(side % 32 for side in sides):
         raise ValueError
-    return value
+    return sides if len(sides) == 2 else sides[0]
 
 
 def share(text):
@@ -79,8 +81,9 @@ def train_arguments(parser):
     )
     parser.add_argument(
         "--weights",
-        help="what to begin with: a name that the preset lists, a file, or none for random "
-        "weights; default: the first that the preset lists",
+        help="what to begin with: a name that the preset lists, a file, whose head is kept if "
+        "it was trained on the same classes, or none for random weights; default: the first "
+        "that the preset lists",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="what is written; default: DIR's name.safetensors"
@@ -94,9 +97,9 @@ def train_arguments(parser):
     )
     parser.add_argument(
         "--image-size",
-        type=multiple_of_32,
+        type=image_size,
         metavar="PIXELS",
-        help="a multiple of 32; default: the preset's",
+        help="side, or HEIGHTxWIDTH, in multiples of 32; default: the preset's",
     )
     parser.add_argument(
         "--validation-split", type=share, default=0.1, metavar="SHARE",
@@ -115,13 +118,15 @@ def train(arguments):
         raise FileNotFoundError(
             f"There is no folder {out.resolve().parent} to write {out.name} to."
         )
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder; --out names a file.")
     verbose = 1 if (sys.stderr if arguments.json else sys.stdout).isatty() else 2
     with _progress_elsewhere(arguments.json):
         result = _train(arguments, out, verbose)
     if result is None:
         return INTERRUPTED
     if arguments.json:
-        print(json.dumps(result))
+        print(json_text(result))
     else:
         _print_result(result)
     return INTERRUPTED if result["interrupted"] else 0
@@ -147,11 +152,15 @@ def _train(arguments, out, verbose):
     # to fit the random head of that seed.
     keras.utils.set_random_seed(arguments.seed + 8)
     classes = len(photos.class_names)
+    keeps_head = weights != "none" and _classes_in(preset, weights) == photos.class_names
+    head = "the head too, for its classes are the same" if keeps_head else "but for the head"
+    start = "random weights" if weights == "none" else f"the weights {weights}, {head}"
+    print(f"{arguments.preset} starts from {start}.")
     model = GCViT.from_preset(
         arguments.preset,
         None if weights == "none" else weights,
         image_size,
-        new_head=weights != "none",
+        new_head=not keeps_head,
         num_classes=classes,
     )
     backup = out.with_name(out.name + ".backup")
@@ -178,7 +187,12 @@ def _train(arguments, out, verbose):
     if arguments.balance:
         weights_of_classes = fine_tuning.class_weights(fine_tuning.class_counts(photos))
         weighed = {"class_weight": weights_of_classes}
-    history = fine_tuning.fit(model, run, verbose=verbose, on_best=save, **weighed)
+    try:
+        history = fine_tuning.fit(model, run, verbose=verbose, on_best=save, **weighed)
+    except fine_tuning.DivergenceError as error:
+        shutil.rmtree(backup, ignore_errors=True)
+        where = "Nothing is written." if run.state.best_epoch is None else f"They are in {out}."
+        raise fine_tuning.DivergenceError(f"{error} {where}") from error
     if not history:
         print("No epoch was finished, so nothing is written.")
         return None
@@ -198,6 +212,15 @@ def _train(arguments, out, verbose):
         "history": history,
         **report,
     }
+
+
+def _classes_in(preset, weights):
+    """Return the names of the classes that a file of weights was trained on, or `None`."""
+    entry = preset["weights"].get(weights, {})
+    file = Path(weights if looks_like_path(weights) else locate(entry) if "file" in entry else "")
+    if file.suffix != ".safetensors" or not file.is_file():  # only these say so
+        return None
+    return parsed_json(training_notes(file).get("classes", "null"))
 
 
 def _print_result(result):
@@ -261,7 +284,7 @@ def predict(arguments):
             named = ", ".join(f"{name} {share:.3f}" for name, share in classes.items())
             print(f"{path}: {named}", flush=True)
     if arguments.json:
-        print(json.dumps(results))
+        print(json_text(results))
     if failed:
         print(f"gcvit: {failed} of {len(paths)} files could not be read.", file=sys.stderr)
     return 1 if failed else 0
@@ -298,8 +321,10 @@ def convert_arguments(parser):
     )
     parser.add_argument(
         "--image-size",
-        type=positive_integer,
-        help="scale the windows to images of this side, and resize their position tables",
+        type=image_size,
+        metavar="PIXELS",
+        help="scale the windows to images of this side, or HEIGHTxWIDTH, in multiples of 32, and "
+        "resize their position tables",
     )
 
 
@@ -314,7 +339,7 @@ def convert(arguments):
             image_size=arguments.image_size,
         )
     if arguments.json:
-        print(json.dumps({**dataclasses.asdict(done), "file": arguments.target}))
+        print(json_text({**dataclasses.asdict(done), "file": arguments.target}))
         return 0
     print(
         f"{done.tensors} tensors, {done.parameters:,} parameters of "
@@ -401,7 +426,7 @@ def prefetch(arguments):
             result["bytes"] = size or path.stat().st_size
             print(f"{name} is at {path}, {result['bytes'] / 1e6:,.0f} MB", flush=True)
     if arguments.json:
-        print(json.dumps(results))
+        print(json_text(results))
     return 1 if any("error" in result for result in results) else 0
 
 
@@ -425,7 +450,7 @@ COMMANDS = (
 def parser():
     """Return the parser of all commands."""
     whole = argparse.ArgumentParser(
-        prog="python -m gcvit",
+        prog="gcvit" if Path(sys.argv[0]).stem == "gcvit" else "python -m gcvit",
         description="The Global Context Vision Transformer from a shell.",
         epilog="Exit codes: 0 all went well, 1 something failed, 2 wrong arguments, 130 Ctrl-C.",
     )
@@ -449,6 +474,10 @@ def main(argv=None):
     Returns:
         The exit code.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A name in letters that the terminal's encoding lacks must not end a run.
+        if hasattr(stream, "reconfigure"):  # not so in a notebook
+            stream.reconfigure(errors="backslashreplace")
     arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments)

@@ -1,7 +1,7 @@
 """From a file to what a model takes: read, crop and resize, normalize. One way, on any backend."""
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from gcvit.checks import pair
 
@@ -55,7 +55,10 @@ def center_box(height, width, image_size, crop=1.0):
 
 
 def resize(image, image_size, crop=1.0, box=None):
-    """Crop and resize an image in one pass: bicubic and antialiased, as Pillow does it.
+    """Crop and resize an image: bicubic and antialiased, as Pillow does it.
+
+    Along the rows first, rounded to bytes, then down the columns: in one call, the order, and
+    with it the last bit, would depend on Pillow's version.
 
     Args:
         image: (height, width, 3), 0 to 255.
@@ -73,15 +76,22 @@ def resize(image, image_size, crop=1.0, box=None):
     image = _to_uint8(image)
     if box is None:
         box = center_box(*image.shape[:2], image_size, crop)
-    resampled = Image.fromarray(image).resize((columns, rows), Image.Resampling.BICUBIC, box)
-    return np.array(resampled)
+    left, upper, right, lower = box
+    image, bicubic = Image.fromarray(image), Image.Resampling.BICUBIC
+    image = image.resize((columns, image.height), bicubic, (left, 0, right, image.height))
+    return np.array(image.resize((columns, rows), bicubic, (0, upper, columns, lower)))
 
 
 def read_photograph(path, short_side=None):
     """Read a photograph as it is meant to be seen, whatever its file holds.
 
-    Grayscale, 16 bits, palettes and CMYK become RGB, transparent parts become white, the
-    camera's orientation (EXIF) is applied, and of an animation the first picture is taken.
+    Grayscale, palettes and CMYK become RGB, transparent parts become white, the camera's
+    orientation (EXIF) is applied, and of an animation the first picture is taken. Gray levels
+    of more than 8 bits are scaled evenly: what becomes white is the largest number of 8, 10,
+    12, 14 or 16 bits, whichever is the first to hold the brightest pixel; 1.0, for floating
+    point that is nowhere above it; and the brightest pixel itself, where that takes more than
+    16 bits. 0 becomes black; where there are numbers below 0, as in a CT slice, the lowest
+    becomes black and the highest white.
 
     Args:
         path: the file.
@@ -93,17 +103,20 @@ def read_photograph(path, short_side=None):
         (height, width, 3) uint8.
 
     Raises:
-        DatasetError: if it cannot be read whole; the message names the file.
+        DatasetError: if it cannot be read whole, and for colors of 16 bits that use only the
+            lower 14, of which Pillow reads too little; the message names the file.
     """
     try:
         with Image.open(path) as image:
             if short_side:
                 image.draft(None, _at_least(image.size, short_side))
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits, which convert() would clip
-                image = Image.fromarray((np.asarray(image) / 257).astype("uint8"))
-            elif image.mode == "F":
-                raise ValueError("its pixels have no fixed range")
+            deep = any(";16" in str(tile[3]) for tile in image.tile)
+            image = _upright(image)
+            if image.mode[0] in "IF":  # convert() would clip them
+                image = Image.fromarray(_to_8_bits(np.asarray(image)))
+            elif deep and max(high for _, high in image.convert("RGB").getextrema()) < 64:
+                # Pillow reads the upper eight bits alone.
+                raise ValueError("of its 16 bits a color, the upper two are empty: save it in 8")
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
@@ -117,6 +130,43 @@ def read_photograph(path, short_side=None):
             f"{path} cannot be read as a photograph ({error}). Mend it, or move it out of the "
             "folder."
         ) from error
+
+
+# What undoes each value of EXIF's orientation.
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image):
+    """Apply the camera's orientation. Pillow's own function fails on any other broken tag."""
+    image.load()  # a TIFF is turned here, and its tag removed
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # whatever a damaged EXIF block raises; the pixels are whole
+        orientation = None
+    method = _ORIENTATIONS.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def _to_8_bits(pixels):
+    """Scale gray levels of more than 8 bits as `read_photograph` says."""
+    levels = pixels.astype("float64")
+    low, high = min(levels.min(), 0), levels.max()
+    if not np.isfinite([low, high]).all():
+        raise ValueError("some of its pixels are not finite")
+    if low == 0:
+        whites = [2**bits - 1 for bits in (8, 10, 12, 14, 16)]
+        if pixels.dtype.kind == "f":
+            whites.insert(0, 1)
+        high = next((white for white in whites if white >= high), high)
+    return np.rint((levels - low) / (high - low or 1) * 255).astype("uint8")
 
 
 def _at_least(size, short_side):

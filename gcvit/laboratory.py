@@ -36,7 +36,8 @@ def zero_padding(extraction, x):
     are negative. It stands in for `FeatureExtraction.halve`.
     """
     with_border = ops.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]])
-    return ops.max_pool(with_border, extraction.pool.pool_size, extraction.pool.strides)
+    pool = extraction.pool
+    return ops.max_pool(with_border, pool.pool_size, pool.strides, data_format="channels_last")
 
 
 FAULTS = {"flat_gather": flat_gather, "zero_padding": zero_padding}

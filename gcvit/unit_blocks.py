@@ -134,7 +134,9 @@ class SqueezeAndExcitation(layers.Layer):
                 f"the number of input channels, {channels}; got {gates}."
             )
         dtype = self.dtype_policy
-        self.avg_pool = layers.GlobalAveragePooling2D(keepdims=True, dtype=dtype, name="avg_pool")
+        self.avg_pool = layers.GlobalAveragePooling2D(
+            "channels_last", keepdims=True, dtype=dtype, name="avg_pool"
+        )
         self.fc = [
             dense(hidden, use_bias=False, dtype=dtype, name="fc_0"),
             layers.Activation("gelu", dtype=dtype, name="fc_1"),

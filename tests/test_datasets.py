@@ -1,12 +1,15 @@
 """Photographs with labels: whole, split so that the parts share none, refused by name."""
 
+import errno
 import hashlib
 import http.server
 import io
 import json
+import os
 import socket
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -338,6 +341,73 @@ def test_litter_is_no_photograph_and_folders_inside_a_class_are_read(folder):
     photos = from_folder(folder)
     assert photos.class_names == ["cats", "dogs"]
     assert photos.train_size + photos.validation_size == 21
+
+
+def test_what_network_drives_leave_is_no_photograph(folder):
+    for place in (folder, folder / "cats"):
+        for name in ("@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"):
+            (place / name).mkdir()
+            picture(200).save(place / name / "0.jpg")
+    photos = from_folder(folder)
+    assert photos.class_names == ["cats", "dogs"]
+    assert photos.train_size + photos.validation_size == 20
+
+
+def test_links_are_followed_once(folder):
+    elsewhere = folder.parent / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    for i in range(4):
+        picture(300 + i).save(elsewhere / "deep" / f"{i}.png")
+    (folder / "cats" / "more").symlink_to(elsewhere)
+    (folder / "cats" / "again").symlink_to(elsewhere / "deep")
+    (elsewhere / "circle").symlink_to(elsewhere)
+    (folder / "cats" / "up").symlink_to(folder)
+    photos = from_folder(folder)
+    assert photos.train_size + photos.validation_size == 24
+    assert len(fine_tuning.photographs_in([folder])) == 24
+
+
+def broken_link(folder, monkeypatch):
+    (folder / "cats" / "lost.png").symlink_to(folder / "nowhere.png")
+    return r"cats/lost\.png cannot be opened \(No such file"
+
+
+def broken_link_to_a_class(folder, monkeypatch):
+    (folder / "fish").symlink_to(folder / "nowhere")
+    return r"pets/fish cannot be opened"
+
+
+def circle_of_links(folder, monkeypatch):
+    (folder / "cats" / "a").symlink_to(folder / "cats" / "a")
+    return r"cats/a cannot be opened"
+
+
+def without_permission(folder, monkeypatch):
+    (folder / "cats" / "secret").mkdir()
+    listing = Path.iterdir
+
+    def refuse(path):
+        if path.name == "secret":  # as for anyone but the superuser, who runs many a test
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    return r"cats/secret cannot be opened \(Permission denied\)"
+
+
+def pipe(folder, monkeypatch):
+    os.mkfifo(folder / "cats" / "pipe")
+    return r"cats/pipe is neither a file nor a folder"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [broken_link, broken_link_to_a_class, circle_of_links, without_permission, pipe],
+)
+def test_what_cannot_be_opened_is_refused_by_name(folder, monkeypatch, spoil):
+    message = spoil(folder, monkeypatch)
+    with pytest.raises(DatasetError, match=message):
+        from_folder(folder)
 
 
 def test_class_weights_make_classes_count_the_same():

@@ -1,13 +1,15 @@
 """From a file to what a model takes."""
 
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import picture
-from PIL import Image
+from PIL import Image, ImageOps
 from skimage import data
 
 from gcvit import images
@@ -80,17 +82,11 @@ def test_images_do_without_tensorflow():
 
 def test_every_mode_becomes_rgb(tmp_path):
     rgb = picture()
-    gray = rgb.convert("L")
     for mode in ("L", "P", "CMYK", "1"):
         path = tmp_path / f"{mode}.tif"
         rgb.convert(mode).save(path)
         expected = np.array(rgb.convert(mode).convert("RGB"))
         np.testing.assert_array_equal(read_photograph(path), expected)
-    deep = np.asarray(gray).astype("uint16") * 257
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    np.testing.assert_array_equal(
-        read_photograph(tmp_path / "deep.png"), np.array(gray.convert("RGB"))
-    )
 
 
 def test_cmyk_jpeg_has_the_colors_of_the_picture(tmp_path):
@@ -132,3 +128,91 @@ def test_large_photographs_are_reduced_by_a_whole_factor(tmp_path, kind):
         # What comes of it is what comes of all pixels.
         whole = resize(read_photograph(path), 50)
         assert np.abs(resize(read, 50).astype(int) - whole).mean() < 4
+
+
+def test_resizing_goes_along_the_rows_first():
+    """In one call, versions of Pillow differ in the last bit where the height shrinks more."""
+    image = data.chelsea()[:, :100]
+    resized = resize(image, (30, 90), box=(1.5, 2.5, 98.0, 290.0))
+    rows = Image.fromarray(image).resize((90, 300), Image.BICUBIC, (1.5, 0, 98, 300))
+    expected = rows.resize((90, 30), Image.BICUBIC, (0, 2.5, 90, 290))
+    np.testing.assert_array_equal(resized, expected)
+
+
+RAMP = np.linspace(0, 1, 40 * 30).reshape(30, 40)
+
+DEEP = {
+    "bytes in floats": ((255 * RAMP).astype("float32"), 0, 255),
+    "shares": (RAMP.astype("float32"), 0, 255),
+    "CT": ((4000 * RAMP - 1000).astype("int32"), 0, 255),
+    "CT in floats": ((4000 * RAMP - 1000).astype("float32"), 0, 255),
+    "below zero": ((100 * RAMP - 500).astype("float32"), 0, 255),
+    "ten bits": ((1023 * RAMP).astype("uint16"), 0, 255),
+    "twelve bits": ((4095 * RAMP).astype("uint16"), 0, 255),
+    "sixteen bits": ((65535 * RAMP).astype("uint16"), 0, 255),
+    "dark sixteen bits": ((30_000 * RAMP).astype("uint16"), 0, 117),
+    "more": ((1_000_000 * RAMP).astype("int32"), 0, 255),
+    "one level": (np.full((30, 40), -7, "int32"), 0, 0),
+}
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_more_than_eight_bits_become_eight_in_order(tmp_path, kind):
+    pixels, darkest, brightest = DEEP[kind]
+    Image.fromarray(pixels).save(tmp_path / "deep.tif")
+    read = read_photograph(tmp_path / "deep.tif")[..., 0]
+    assert (read.min(), read.max()) == (darkest, brightest)
+    assert (np.diff(read.ravel().astype(int)) >= 0).all()
+    if pixels.dtype == "uint16":
+        Image.fromarray(pixels).save(tmp_path / "deep.png")
+        np.testing.assert_array_equal(read_photograph(tmp_path / "deep.png")[..., 0], read)
+
+
+def test_bytes_in_floats_stay_as_they_are(tmp_path):
+    gray = np.asarray(picture().convert("L"))
+    Image.fromarray(gray.astype("float32")).save(tmp_path / "gray.tif")
+    np.testing.assert_array_equal(read_photograph(tmp_path / "gray.tif")[..., 0], gray)
+
+
+def test_pixels_that_are_no_numbers_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), np.nan, "float32")).save(tmp_path / "nan.tif")
+    with pytest.raises(images.DatasetError, match=r"nan\.tif .* not finite"):
+        read_photograph(tmp_path / "nan.tif")
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+def test_colors_of_16_bits_are_read_where_they_use_them(tmp_path, bits):
+    levels = ((2**bits - 1) * RAMP[..., None] * [1, 0.5, 0.2]).astype("uint16")
+
+    def chunk(kind, body):
+        check = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + check
+
+    header = struct.pack(">IIBBBBB", 40, 30, 16, 2, 0, 0, 0)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in levels)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")
+    path = tmp_path / "deep.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks))
+    if bits == 12:
+        with pytest.raises(images.DatasetError, match=r"deep\.png .* upper two are empty"):
+            read_photograph(path)
+    else:
+        assert np.abs(read_photograph(path) - levels / 257).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_broken_tag_beside_the_orientation_does_no_harm(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x0131] = "some camera"
+    picture(size=(64, 40)).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    with Image.open(tmp_path / "a.jpg") as image:
+        upright = np.array(ImageOps.exif_transpose(image))
+    whole = (tmp_path / "a.jpg").read_bytes()
+    # The name of the software becomes the horizontal resolution, which is no text.
+    tags = {b"MM": (b"\x01\x31\x00\x02", b"\x01\x1a\x00\x02")}
+    tags[b"II"] = tuple(tag[1::-1] + tag[:1:-1] for tag in tags[b"MM"])
+    before, after = tags[whole[whole.index(b"Exif\0\0") + 6 :][:2]]
+    assert whole.count(before) == 1
+    (tmp_path / "a.jpg").write_bytes(whole.replace(before, after))
+    np.testing.assert_array_equal(read_photograph(tmp_path / "a.jpg"), upright)

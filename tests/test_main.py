@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ from PIL import Image
 from skimage import data
 
 from gcvit import PRESETS, FetchError, GCViT, fine_tuning
-from gcvit.__main__ import COMMANDS, main
-from gcvit.images import MEAN, normalize, resize
+from gcvit.__main__ import COMMANDS, main, parser
+from gcvit.fine_tuning.classifier import json_text
+from gcvit.images import MEAN, STD, normalize, resize
 from gcvit.readers import CheckpointError, training_notes
 from gcvit.weights import PACKAGED
 
@@ -159,6 +161,7 @@ def test_a_failure_is_one_sentence_and_exit_code_1(tmp_path, monkeypatch, capsys
         "train",
         "train photos --preset gcvit_huge",
         "train photos --image-size 100",
+        "train photos --image-size 32x32x32",
         "train photos --epochs 0",
         "train photos --validation-split 1.5",
         "predict model.safetensors",
@@ -362,3 +365,114 @@ def test_the_example_in_the_readme_is_the_file_and_runs(tmp_path):
     assert [name for _, name in rows] == [name for _, name in expected]
     for (shown, _), (probability, _) in zip(rows, expected, strict=True):
         assert float(shown) == pytest.approx(probability, abs=1e-3)
+
+
+QUICK = "--weights none --recipe original --epochs 1 --image-size 32"
+
+
+def run_there(place, command, before=RUN, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", SMALLER + before, *command.split()],
+        capture_output=True,
+        cwd=place,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_a_run_in_the_photographs_own_folder_can_be_run_again(tmp_path):
+    """Its files lie among the classes then, and names and output are of any letters."""
+    photos = write_classes(tmp_path / "ph", ("花", "вишня"), 4)
+    for command in (f"train . {QUICK}", f"train . {QUICK} --out m.safetensors"):
+        done = run_there(photos, command, PYTHONIOENCODING="cp1252")
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert rb"\u82b1" in done.stdout and b"starts from random weights." in done.stdout
+    (photos / "m.safetensors.backup").mkdir()
+    (photos / "m.safetensors.backup" / "run.npz").write_bytes(b"PK")
+    (photos / "m.safetensors.123.part").write_bytes(b"x")
+    command = f"train . {QUICK} --weights ph.safetensors --out {tmp_path / 'two.safetensors'}"
+    done = run_there(photos, command, PYTHONIOENCODING="cp1252")
+    assert b"the weights ph.safetensors, the head too" in done.stdout, done.stderr[-2000:]
+    assert b"at random" not in done.stdout
+    done = run_there(photos, "predict ph.safetensors .", PYTHONIOENCODING="cp1252")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 8
+
+    (photos / "rose").mkdir()
+    for i in range(3):
+        Image.new("RGB", (40, 40), (99 * i, 0, 0)).save(photos / "rose" / f"{i}.png")
+    done = run_there(photos, command)
+    assert b"but for the head" in done.stdout and b"3 classes, starts at random" in done.stdout
+
+
+DIVERGE = """
+class Spoil(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == int(os.environ["SPOILED"]):
+            bias = self.model.head.bias
+            bias.assign(bias + float("nan"))
+
+fit = fine_tuning.fit
+fine_tuning.fit = lambda *args, **kwargs: fit(*args, **kwargs, callbacks=[Spoil()])
+"""
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_training_that_diverges_is_a_failure(tmp_path, capsys, epoch):
+    write_classes(tmp_path / "photos", count=3)
+    command = f"train photos {QUICK} --epochs 2 --json"
+    done = run_there(tmp_path, command, DIVERGE + RUN, SPOILED=str(epoch))
+    last = done.stderr.decode().splitlines()[-1]
+    assert done.returncode == 1 and done.stdout == b""
+    assert last.startswith("gcvit: The training has diverged: in epoch"), last
+    written = ["photos", "photos.safetensors"][: 1 + epoch]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
+    assert last.endswith("They are in photos.safetensors." if epoch else "Nothing is written.")
+    if epoch:
+        model = str(tmp_path / "photos.safetensors")
+        assert main(["predict", model, str(tmp_path / "photos"), "--json"]) == 0
+        assert len(json.loads(capsys.readouterr().out)) == 6
+
+
+def test_json_has_no_numbers_that_are_not_finite():
+    text = json_text({"a": [1.5, float("nan")], "b": (float("-inf"), None, "NaN", True)})
+    assert text == '{"a": [1.5, null], "b": [null, null, "NaN", true]}'
+
+
+@pytest.mark.parametrize(("text", "size"), [("64", 64), ("64x96", (64, 96)), ("32X32", (32, 32))])
+def test_an_image_size_is_a_side_or_two(text, size):
+    assert parser().parse_args(["train", "ph", "--image-size", text]).image_size == size
+
+
+@pytest.mark.parametrize(("program", "shown"), [("/bin/gcvit", "gcvit"), ("m.py", "python -m")])
+def test_the_help_names_the_command_as_it_was_called(monkeypatch, program, shown):
+    monkeypatch.setattr(sys, "argv", [program])
+    assert parser().format_usage().startswith(f"usage: {shown}")
+
+
+def test_out_must_name_a_file(tmp_path, capsys):
+    photos = write_classes(tmp_path / "photos", count=2)
+    assert main(["train", str(photos), "--out", str(photos)]) == 1
+    assert "photos is a folder; --out names a file" in capsys.readouterr().err
+
+
+def test_a_classifier_of_one_channel_predicts_from_shades_of_gray(tmp_path):
+    model = GCViT((8,), 8, (1,), (1,), num_classes=2, in_channels=1)
+    model.build((None, 32, 32, 1))
+    fine_tuning.save_classifier(tmp_path / "m.safetensors", model, ["a", "b"], 32)
+    Image.fromarray(data.camera()).save(tmp_path / "a.png")
+    classifier = fine_tuning.load_classifier(tmp_path / "m.safetensors")
+    ((_, probabilities),) = classifier.predict([tmp_path / "a.png"])
+    gray = resize(np.repeat(data.camera()[..., None], 3, axis=-1), 32)[..., :1]
+    by_hand = (gray - MEAN.mean()) / STD.mean()
+    expected = np.asarray(model(by_hand[None].astype("float32")))[0]
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+
+
+def test_a_classifier_of_four_channels_takes_no_photographs(tmp_path, capsys):
+    model = GCViT((8,), 8, (1,), (1,), num_classes=2, in_channels=4)
+    model.build((None, 32, 32, 4))
+    path = str(tmp_path / "m.safetensors")
+    fine_tuning.save_classifier(path, model, ["a", "b"], 32)
+    Image.fromarray(data.camera()).save(tmp_path / "a.png")
+    assert main(["predict", path, str(tmp_path / "a.png")]) == 1
+    assert "takes images of 4 channels" in capsys.readouterr().err

@@ -121,13 +121,8 @@ FORMS = {
 
 
 def applies(case, form):
-    """A classifier has a head, and takes photographs of three colors."""
-    return form != "classifier" or case not in (
-        "one channel",
-        "four channels",
-        "no top",
-        "no pooling",
-    )
+    """A classifier has a head."""
+    return form != "classifier" or case not in ("no top", "no pooling")
 
 
 def read_all(folder):

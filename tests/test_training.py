@@ -21,6 +21,7 @@ from conftest import (
 from gcvit import fine_tuning
 from gcvit.fine_tuning import (
     BackupError,
+    DivergenceError,
     recipes,
 )
 
@@ -233,3 +234,121 @@ def test_early_stopping_leaves_the_best_epoch_s_averaged_weights(two_classes):
     best = min(history["val_loss"])
     assert best < history["val_loss"][-1]
     assert model.evaluate(run.validation, verbose=0)[0] == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.usefixtures("undistorted")
+def test_a_run_that_trains_other_weights_is_refused_before_anything_is_assigned(tmp_path):
+    photos = dark_and_bright()
+
+    def prepare(frozen=False):
+        model = tiny_model()
+        model.levels[0].trainable = not frozen
+        run = fine_tuning.finetune(model, photos, 32, 3, 8, backup=tmp_path)
+        return model, run
+
+    _, run = prepare(frozen=True)
+    run.state.write()
+    model, run = prepare()
+    before = [to_numpy(variable) for variable in run.state.variables()]
+    with pytest.raises(BackupError, match=r"the trainable of its .* is False, here it is True"):
+        fine_tuning.fit(model, run, verbose=0)
+    for variable, value in zip(run.state.variables(), before, strict=True):
+        np.testing.assert_array_equal(to_numpy(variable), value)
+    assert run.state.logs == []
+    model, run = prepare(frozen=True)
+    run.state.resume()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16", "float16"])
+def test_the_state_of_a_run_in_half_precision_is_read_as_it_was_written(tmp_path, dtype):
+    states = []
+    for seed in (0, 1):
+        keras.utils.set_random_seed(seed)
+        model = tiny_model(dtype=dtype)
+        run = fine_tuning.original(model, dark_and_bright(), 32, 3, 8, backup=tmp_path)
+        states.append(run.state)
+    states[0].best_epoch, states[0].best_weights = 0, states[0].model.get_weights()
+    states[0].write()
+    states[1].resume()
+    for theirs, ours in zip(*(state.variables() for state in states), strict=True):
+        assert theirs.dtype == ours.dtype
+        np.testing.assert_array_equal(to_numpy(theirs), to_numpy(ours))
+    states[1].restore_best()
+    assert same_weights(states[0].model, weights_of(states[1].model))
+
+
+class Spoil(keras.callbacks.Callback):
+    """Makes the weights infinite in an epoch, as a rate that is too high does."""
+
+    def __init__(self, epoch):
+        super().__init__()
+        self.wanted = epoch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == self.wanted:
+            kernel = self.model.trainable_variables[0]
+            kernel.assign(np.full(kernel.shape, np.nan))
+
+
+@pytest.mark.parametrize("recipe", ["original", "finetune"])
+@pytest.mark.parametrize("epoch", [0, 2])
+@pytest.mark.usefixtures("undistorted")
+def test_a_run_that_diverges_fails_with_the_last_good_weights(two_classes, tmp_path, recipe, epoch):
+    photos, _ = two_classes
+    model = plain_model()
+    start = weights_of(model)
+    run = fine_tuning.RECIPES[recipe](model, photos, 32, 4, 8, backup=tmp_path)
+    end = "those it began with" if epoch == 0 else "those of epoch [12],"
+    message = rf"diverged: in epoch {epoch + 1} the loss is nan\. The model's weights are {end}"
+    with pytest.raises(DivergenceError, match=message):
+        fine_tuning.fit(model, run, verbose=0, callbacks=[Spoil(epoch)])
+    assert all(np.isfinite(value).all() for value in weights_of(model))
+    assert same_weights(model, start) == (epoch == 0)
+    assert not list(tmp_path.iterdir()) and np.isfinite(run.state.history.get("loss", [])).all()
+
+
+class StopAfterTwo(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch == 1:
+            self.model.stop_training = True
+
+
+STOPPING = {
+    "early": lambda: keras.callbacks.EarlyStopping("val_loss", patience=1, min_delta=9),
+    "flag": StopAfterTwo,
+}
+
+
+@pytest.mark.parametrize("kind", STOPPING)
+@pytest.mark.usefixtures("undistorted")
+def test_any_callback_can_end_a_run(two_classes, kind):
+    model = plain_model()
+    run = fine_tuning.finetune(model, two_classes[0], 32, 6, 8)
+    history = fine_tuning.fit(model, run, verbose=0, callbacks=[STOPPING[kind]()])
+    assert len(history["loss"]) == 2
+
+
+@pytest.mark.usefixtures("undistorted")
+def test_terminate_on_nan_ends_a_run_as_divergence(two_classes):
+    model = plain_model()
+    run = fine_tuning.finetune(model, two_classes[0], 32, 6, 8)
+    callbacks = [Spoil(1), keras.callbacks.TerminateOnNaN()]
+    with pytest.raises(DivergenceError, match="in epoch 2"):
+        fine_tuning.fit(model, run, verbose=0, callbacks=callbacks)
+
+
+def test_images_and_labels_that_do_not_fit_are_refused_before_training(two_classes):
+    photos, _ = two_classes
+    wrong = dataclasses.replace(photos, train_labels=photos.train_labels.map(lambda k: k + 1))
+    with pytest.raises(ValueError, match=r"label 2 is outside the 2 classes, 0 to 1"):
+        fine_tuning.original(plain_model(), wrong, 32, 1, 8)
+    run = fine_tuning.original(plain_model(), photos, 32, 1, 8)
+    raw = dataclasses.replace(run, validation=photos.validation.batch(8))
+    with pytest.raises(ValueError, match=r"not normalized: their numbers go up to 2\d\d"):
+        fine_tuning.fit(plain_model(), raw, verbose=0)
+    moved = run.validation.map(lambda images, labels: (images, labels - 1))
+    with pytest.raises(ValueError, match="label -1 is outside"):
+        fine_tuning.fit(plain_model(), dataclasses.replace(run, validation=moved), verbose=0)
+    wide = fine_tuning.one_hot(run.validation, 3)
+    with pytest.raises(ValueError, match="labels are of 3 classes, the model's 2"):
+        fine_tuning.fit(plain_model(), dataclasses.replace(run, validation=wide), verbose=0)

@@ -116,10 +116,11 @@ class _Padded:
     """What a window's layer is with a border of its own, as in PyTorch, of `pad` pixels.
 
     Keras's padding="same" would pad an even map on one side only where the stride is 2.
+    Channels are last here, whatever Keras's settings say.
     """
 
     def __init__(self, *args, pad=0, **kwargs):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"data_format": "channels_last", **kwargs})
         self.pad = pad
 
     def compute_output_shape(self, input_shape):

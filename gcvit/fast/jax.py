@@ -114,7 +114,7 @@ def conv2d(x, kernel, bias, strides, pad):
         return NotImplemented
 
     def convolve(x, kernel):
-        return ops.conv(x, kernel, strides, "valid")
+        return ops.conv(x, kernel, strides, "valid", "channels_last")
 
     def kernel_gradient(x, upstream):
         columns = jnp.concatenate(list(conv_taps(x, upstream.shape[:2], strides)), -1)

@@ -43,6 +43,7 @@ from gcvit.fine_tuning.recipes import (
 )
 from gcvit.fine_tuning.training import (
     BackupError,
+    DivergenceError,
     Run,
     TrainingState,
     accelerator,
@@ -57,6 +58,7 @@ __all__ = [
     "BackupError",
     "Classifier",
     "DatasetError",
+    "DivergenceError",
     "Photographs",
     "Run",
     "TrainingState",

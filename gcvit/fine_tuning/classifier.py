@@ -4,10 +4,12 @@ import concurrent.futures
 import dataclasses
 import inspect
 import json
+import math
 import os
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from gcvit.checks import pair
 from gcvit.fine_tuning.datasets import short_side_for
@@ -38,18 +40,36 @@ def save_classifier(path, model, class_names, image_size, crop=1.0, **notes):
         class_names: name of each class.
         image_size: side in pixels of the images that it was trained on, or (height, width).
         crop: see `gcvit.images.center_box`; default 1.
-        **notes: what else is to be known of it: of JSON's types.
+        **notes: what else is to be known of it, of JSON's types. `mean` and `std`, a number
+            for each channel, stand for how its images were normalized; default: as
+            `gcvit.images.normalize` does, and by the means of the three for one channel.
     """
+    mean, std = MEAN, STD
+    if model.in_channels == 1:
+        mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
     notes = {
         "config": _architecture(model),
         "classes": list(class_names),
         "image_size": image_size,
         "crop": crop,
-        "mean": MEAN.tolist(),
-        "std": STD.tolist(),
+        "mean": mean.tolist(),
+        "std": std.tolist(),
         **notes,
     }
-    save_safetensors(model, path, metadata={k: json.dumps(v) for k, v in notes.items()})
+    save_safetensors(model, path, metadata={k: json_text(v) for k, v in notes.items()})
+
+
+def json_text(value):
+    """Return a value as JSON that every parser reads: a number that is not finite is null."""
+
+    def strict(value):
+        if isinstance(value, dict):
+            return {name: strict(each) for name, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [strict(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(strict(value), allow_nan=False)
 
 
 @dataclasses.dataclass
@@ -61,8 +81,8 @@ class Classifier:
         class_names: name of each class.
         image_size: side in pixels of the images that it takes, or (height, width).
         crop: share of a photograph that it looks at, see `gcvit.images.center_box`.
-        mean: what is subtracted from red, green and blue, 0 to 255.
-        std: what they are divided by then.
+        mean: what is subtracted from each channel of 0 to 255.
+        std: what it is divided by then.
         notes: what else the file says of the model.
     """
 
@@ -75,9 +95,25 @@ class Classifier:
     notes: dict
 
     def image(self, path):
-        """Return a photograph as the model takes it: (height, width, 3) float32."""
+        """Return a photograph as the model takes it: (height, width, channels) float32.
+
+        A model of one channel takes its shades of gray.
+
+        Raises:
+            DatasetError: if it cannot be read.
+            ValueError: if the model takes neither one channel nor three.
+        """
+        channels = self.model.in_channels
+        if channels not in (1, 3):
+            raise ValueError(
+                f"The model takes images of {channels} channels, and a photograph gives 3, or 1 "
+                "of gray: call `classifier.model` with arrays of your own."
+            )
         photograph = read_photograph(path, short_side_for(self.image_size, self.crop))
-        return (resize(photograph, self.image_size, self.crop) - self.mean) / self.std
+        pixels = resize(photograph, self.image_size, self.crop)
+        if channels == 1:
+            pixels = np.array(Image.fromarray(pixels).convert("L"))[..., None]
+        return (pixels - self.mean) / self.std
 
     def predict(self, paths, batch_size=32):
         """Yield (path, probabilities of the classes, or the `DatasetError`) for each path.
@@ -124,13 +160,13 @@ def load_classifier(path):
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
-        notes = {name: _parsed(text) for name, text in training_notes(path).items()}
+        notes = {name: parsed_json(text) for name, text in training_notes(path).items()}
         preset = PRESETS.get(notes.get("preset"), {})
         image_size = notes.pop("image_size", preset.get("image_size"))
         crop = float(notes.pop("crop", preset.get("crop", 1.0)))
         config, class_names = notes.pop("config"), notes.pop("classes")
         model = GCViT(**config)
-        model.build((None, *pair("image_size", image_size), 3))
+        model.build((None, *pair("image_size", image_size), model.in_channels))
     except Exception as error:  # whatever a foreign or damaged file leads to
         raise CheckpointError(
             f"{path} does not say what a classifier needs ({type(error).__name__}: {error}): its "
@@ -142,7 +178,7 @@ def load_classifier(path):
     return Classifier(model, class_names, image_size, crop, *scale, notes)
 
 
-def _parsed(text):
+def parsed_json(text):
     """Return what a text of JSON holds, or the text."""
     try:
         return json.loads(text)

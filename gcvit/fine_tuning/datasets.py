@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import math
 import os
+import re
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import tensorflow as tf
 from gcvit.checks import pair
 from gcvit.fetch import FetchError, fetch
 from gcvit.images import DatasetError, read_photograph
+from gcvit.readers import CheckpointError, training_notes
 
 FLOWERS_URL = "http://download.tensorflow.org/example_images/flower_photos.tgz"
 """Where tensorflow-datasets gets `tf_flowers` from."""
@@ -244,12 +247,33 @@ def photographs(data_dir=None):
         return embedded
 
 
-# What the operating systems and notebooks leave in folders; not photographs.
-JUNK_FILES = {"thumbs.db", "desktop.ini", "__macosx"}
+# What operating systems and network drives leave in folders; not photographs.
+JUNK_FILES = {
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    *("__macosx", "icon\r", "network trash folder", "temporary items"),
+    *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "lost+found"),
+}
 
 
 def is_junk(path):
     return path.name.startswith(".") or path.name.lower() in JUNK_FILES
+
+
+def _is_output(path, is_folder):
+    """Tell whether `gcvit train` has written this: a model, a part of one, or a backup."""
+    if is_folder:
+        inside = {each.name for each in path.iterdir()} if path.suffix == ".backup" else {""}
+        return inside <= {"run.npz", "run.part"}
+    if re.search(r"\.\d+\.part$", path.name):
+        return True
+    with open(path, "rb") as file:
+        # A .safetensors file begins with eight bytes for the length of a header in JSON.
+        if file.read(9)[8:] != b"{":
+            return False
+    try:
+        return {"config", "classes"} <= set(training_notes(path))
+    except CheckpointError:
+        return False
 
 
 SHORT_SIDE = 320
@@ -271,21 +295,61 @@ def _digest(path):
         return error
 
 
+def _entries(folder):
+    """Return {path: whether it is a folder} of what lies in a folder, in order.
+
+    Junk is left out, and so is what `gcvit train` writes, or it could not be run twice there.
+
+    Raises:
+        DatasetError: if something in it cannot be opened, or is neither file nor folder.
+    """
+    entries = {}
+    try:
+        for path in sorted(folder.iterdir()):
+            if is_junk(path):
+                continue
+            mode = path.stat().st_mode
+            if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+                raise DatasetError(f"{path} is neither a file nor a folder. Move it elsewhere.")
+            if not _is_output(path, stat.S_ISDIR(mode)):
+                entries[path] = stat.S_ISDIR(mode)
+    except OSError as error:
+        raise DatasetError(
+            f"{error.filename or folder} cannot be opened ({error.strerror}). Mend it, or move it "
+            "out of the folder."
+        ) from error
+    return entries
+
+
 def _files_in(folder):
-    """Return all files in a folder and the folders in it, without litter."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(map(is_junk, [path, *path.relative_to(folder).parents[:-1]]))
-    ]
+    """Return all files in a folder and the folders in it, links followed, without junk."""
+    # A link to a folder that has been seen, or that this one lies in, leads in a circle.
+    seen = {_identity(above) for above in folder.resolve().parents}
+
+    def scan(folder):
+        if _identity(folder) in seen:
+            return
+        seen.add(_identity(folder))
+        for path, is_folder in _entries(folder).items():
+            if is_folder:
+                yield from scan(path)
+            else:
+                yield path
+
+    return sorted(scan(folder))
+
+
+def _identity(folder):
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _files_by_class(folder):
     """Return {class name: its files}, or raise a `DatasetError` on what is out of place."""
     if not folder.is_dir():
         raise DatasetError(f"There is no folder {folder}.")
-    entries = [path for path in sorted(folder.iterdir()) if not is_junk(path)]
-    stray = [path for path in entries if not path.is_dir()]
+    entries = _entries(folder)
+    stray = [path for path, is_folder in entries.items() if not is_folder]
     if stray:
         raise DatasetError(
             f"{stray[0]} is in no class: each photograph belongs into the folder of its class."
@@ -327,10 +391,10 @@ def _split(digests, share, rng):
 
 
 def photographs_in(paths):
-    """Return files, and the files in folders, in their order, without the systems' litter.
+    """Return files, and the files in folders, in their order, without junk.
 
     Raises:
-        DatasetError: if there is no such file or folder.
+        DatasetError: if there is no such file or folder, or one inside cannot be opened.
     """
     files = []
     for path in map(Path, paths):
@@ -352,9 +416,10 @@ def from_folder(folder, validation_split=0.1, seed=0, short_side=SHORT_SIDE):
     """Return the photographs of a folder that holds a folder for each class.
 
     Every file is decoded once before any is trained on, and none is left out: what cannot
-    be read is refused by name. Hidden files, and what operating systems leave behind, are
-    no photographs. Of each class the same share is for validation; files of the same bytes
-    are in the same part.
+    be read is refused by name. Hidden files, what operating systems and network drives leave
+    behind, and what `gcvit train` writes are no photographs. Links are followed, and one that
+    leads in a circle ends. Of each class the same share is for validation; files of the same
+    bytes are in the same part.
 
     Args:
         folder: the folder; its class folders may have folders inside.

@@ -105,12 +105,13 @@ class _Drawn(keras.random.SeedGenerator):
         return seed
 
 
-def _for_pipelines(layer):
-    """Have a preprocessing layer of Keras compute with TensorFlow, whatever the model uses.
+def _for_pipelines(layer, *args):
+    """Make a preprocessing layer of Keras that computes with TensorFlow, channels last.
 
-    Called as a layer it does so itself in a `tf.data` pipeline; its parts, called one by one,
-    do not.
+    Called as a layer it would use TensorFlow in a `tf.data` pipeline by itself, whatever the
+    model uses; its parts, called one by one, do not.
     """
+    layer = layer(*args, data_format="channels_last")
     layer.backend.set_backend("tensorflow")
     return layer
 
@@ -142,19 +143,18 @@ def rand_augment(strength=0.2, operations=2):
     """
     layers, amounts = keras.layers, (0, 255)
     choices = [
-        layers.RandomShear(strength, strength),
-        layers.RandomTranslation(strength, strength),
-        layers.RandomRotation(strength / 4),  # a factor of 1 is a full turn
-        layers.RandomBrightness(strength, amounts),
-        layers.RandomColorDegeneration(strength, amounts),
-        layers.RandomContrast(strength, amounts),
+        _for_pipelines(layers.RandomShear, strength, strength),
+        _for_pipelines(layers.RandomTranslation, strength, strength),
+        _for_pipelines(layers.RandomRotation, strength / 4),  # a factor of 1 is a full turn
+        _for_pipelines(layers.RandomBrightness, strength, amounts),
+        _for_pipelines(layers.RandomColorDegeneration, strength, amounts),
+        _for_pipelines(layers.RandomContrast, strength, amounts),
         # 0.5 leaves an image as it is; less blurs it, more sharpens it.
-        layers.RandomSharpness((0.5 - strength / 2, 0.5 + strength / 2), amounts),
-        layers.RandomPosterization(max(1, round(8 - 4 * strength)), amounts),
-        layers.AutoContrast(amounts),
-        _Equalization(amounts),
+        _for_pipelines(layers.RandomSharpness, (0.5 - strength / 2, 0.5 + strength / 2), amounts),
+        _for_pipelines(layers.RandomPosterization, max(1, round(8 - 4 * strength)), amounts),
+        _for_pipelines(layers.AutoContrast, amounts),
+        _for_pipelines(_Equalization, amounts),
     ]
-    choices = [_for_pipelines(layer) for layer in choices]
 
     def apply(layer, image, seed):
         # As a layer does when it is called, but with a seed of the image's own; and as a
@@ -279,7 +279,7 @@ def mix(batches, seed=0, first=0):
         first: number of the first batch, from which and the seed its blending follows;
             default 0.
     """
-    mixers = [_for_pipelines(keras.layers.MixUp(0.2)), _for_pipelines(keras.layers.CutMix(1.0))]
+    mixers = [_for_pipelines(keras.layers.MixUp, 0.2), _for_pipelines(keras.layers.CutMix, 1.0)]
 
     def apply(layer, images, labels, seed):
         data = {"images": images, "labels": labels}

@@ -13,7 +13,13 @@ from gcvit.fine_tuning.pipeline import (
     pad_last_batch,
     rand_augment,
 )
-from gcvit.fine_tuning.training import Run, TrainingState, jit_compile, make_variables
+from gcvit.fine_tuning.training import (
+    Run,
+    TrainingState,
+    check_labels,
+    jit_compile,
+    make_variables,
+)
 
 
 def warmup_cosine(peak, warmup_steps, steps):
@@ -112,13 +118,14 @@ def _run(model, photos, batches, validation, settings, backup, **keeping):
     A run that goes on from a backup must have the same `settings`; `keeping` is for its
     `TrainingState`.
     """
+    # None of them is decoded for this, and the losses would take other labels without a word.
+    check_labels(list(photos.train_labels.as_numpy_iterator()), len(photos.class_names))
     batch_size = settings["batch_size"]
     if _distributed():
         validation = pad_last_batch(validation, batch_size, photos.validation_size)
     described = {
         "classes": list(photos.class_names),
         "photographs": [photos.train_size, photos.validation_size],
-        "weights' shapes": [list(variable.shape) for variable in model.weights],
         "dtype": model.dtype_policy.name,
         **settings,
     }

@@ -4,9 +4,11 @@ import collections.abc
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import keras
+import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
@@ -36,12 +38,17 @@ class BackupError(ValueError):
     """The state of a training run cannot be read, or is another run's."""
 
 
+class DivergenceError(ValueError):
+    """A training has diverged: its loss is no longer a finite number."""
+
+
 class TrainingState(keras.callbacks.Callback):
     """Keeps the best epoch's weights and, in a file, all that a run that is cut off needs.
 
     The file is replaced as a whole after each epoch: the weights, those of the best epoch,
     the optimizer's and the random generators' state, and the numbers so far. Where the
-    optimizer averages the weights, the averages are what is validated and kept.
+    optimizer averages the weights, the averages are what is validated and kept. An epoch with
+    a loss that is not finite ends the run and leaves no trace.
 
     Keras has a callback for each of the three. Together they lose the best weights when a
     run is cut off, and can be cut off themselves between two files.
@@ -67,7 +74,7 @@ class TrainingState(keras.callbacks.Callback):
         self.best_epoch, self.best_weights = None, None
         self.trained = None  # the weights that are trained on, while averages stand in
         self.on_best = None  # called after an epoch that is the best so far
-        self.interrupted = False
+        self.interrupted, self.diverged = False, None
 
     @property
     def history(self):
@@ -88,7 +95,7 @@ class TrainingState(keras.callbacks.Callback):
         """Go on from the file, where there is one.
 
         Raises:
-            BackupError: if the file is damaged or another run's.
+            BackupError: if the file is damaged or another run's; nothing is changed.
         """
         if self.file is None or not self.file.exists():
             return
@@ -96,25 +103,26 @@ class TrainingState(keras.callbacks.Callback):
         try:
             with np.load(self.file) as arrays:
                 notes = json.loads(str(arrays["notes"]))
-                values = [arrays[f"state{i}"] for i in range(notes["states"])]
-                best = [arrays[f"best{i}"] for i in range(notes["bests"])]
+                values, best = (
+                    [_typed(arrays[f"{part}{i}"], *each) for i, each in enumerate(notes[part])]
+                    for part in ("state", "best")
+                )
+                run, logs, best_epoch = (notes[name] for name in ("run", "logs", "best_epoch"))
         except Exception as error:  # whatever a damaged file raises
             raise BackupError(f"{self.file} cannot be read ({error}). {way_out}") from error
-        for name, here in self.run.items():
-            if notes["run"].get(name) != here:
-                raise BackupError(
-                    f"{self.file} is of another run: its {name} is {notes['run'].get(name)}, here "
-                    f"it is {here}. {way_out}"
-                )
+        difference = _difference(run, self.run, notes["state"], describe(self.variables()))
+        if difference:
+            raise BackupError(f"{self.file} is of another run: {difference}. {way_out}")
         assign(self.variables(), values)
-        self.logs, self.best_epoch = notes["logs"], notes["best_epoch"]
+        self.logs, self.best_epoch = logs, best_epoch
         self.best_weights = best or None
 
     def write(self):
         """Write what `resume` reads; the file is whole or the one before, never a part."""
         state, best = values_of(self.variables()), self.best_weights or []
         notes = {"run": self.run, "logs": self.logs, "best_epoch": self.best_epoch}
-        notes |= {"states": len(state), "bests": len(best)}
+        notes |= {"state": describe(self.variables())}
+        notes |= {"best": describe(self.model.weights) if best else []}
         arrays = {f"state{i}": value for i, value in enumerate(state)}
         arrays |= {f"best{i}": value for i, value in enumerate(best)}
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -146,9 +154,15 @@ class TrainingState(keras.callbacks.Callback):
         self.take_averages()
 
     def on_epoch_end(self, epoch, logs=None):
-        self.logs.append({name: float(value) for name, value in (logs or {}).items()})
+        logs = {name: float(value) for name, value in (logs or {}).items()}
+        broken = [name for name in ("loss", "val_loss") if not np.isfinite(logs[name])]
+        if broken:
+            self.diverged = f"in epoch {epoch + 1} the {broken[0]} is {logs[broken[0]]}"
+            self.model.stop_training = True
+            return
+        self.logs.append(logs)
         losses = self.history["val_loss"]
-        if losses[-1] <= np.nanmin([*losses, np.inf]):  # never so for NaN
+        if losses[-1] <= min(losses):
             self.best_epoch, self.best_weights = epoch, self.model.get_weights()
             if self.on_best:
                 self.on_best()
@@ -161,6 +175,35 @@ class TrainingState(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         if self.leave_best:
             self.restore_best()
+
+
+def _typed(array, path, shape, dtype, *_):
+    """Return an array of a backup with the type that it had: `.npz` knows only NumPy's own."""
+    if array.shape != tuple(shape):
+        raise ValueError(f"{path} has shape {array.shape}, not {tuple(shape)}")
+    return array.view(getattr(ml_dtypes, dtype)) if array.dtype.kind == "V" else array
+
+
+def describe(variables):
+    """Return [path, shape, dtype, whether it is trained] of each variable, as JSON's types."""
+    return [[v.path, list(v.shape), v.dtype, bool(v.trainable)] for v in variables]
+
+
+def _difference(run, run_here, variables, variables_here):
+    """Say in what another run, and its variables, differ from these; `None` if in nothing."""
+    for name, here in run_here.items():
+        if run.get(name) != here:
+            return f"its {name} is {run.get(name)}, here it is {here}"
+    for (path, *there), (path_here, *here) in zip(variables, variables_here, strict=False):
+        # Keras numbers what has no name of its own, in each process anew.
+        if re.sub(r"_?\d+", "", path) != re.sub(r"_?\d+", "", path_here):
+            return f"it has {path} where {path_here} is here"
+        for what, theirs, ours in zip(("shape", "dtype", "trainable"), there, here, strict=True):
+            if theirs != ours:
+                return f"the {what} of its {path_here} is {theirs}, here it is {ours}"
+    if len(variables) != len(variables_here):
+        return f"it has {len(variables)} variables, here there are {len(variables_here)}"
+    return None
 
 
 def values_of(variables):
@@ -198,7 +241,8 @@ def fit(model, run, verbose="auto", callbacks=(), on_best=None, **kwargs):
 
     An interrupt (Ctrl-C, or the notebook's stop button) ends the run with the weights of
     the best epoch; the backup stays, and the next call goes on from it. A run that ends by
-    itself removes its backup.
+    itself removes its backup. One that diverges ends with an error, and the model with the
+    best weights before.
 
     Args:
         model: a model that a recipe has prepared.
@@ -213,11 +257,17 @@ def fit(model, run, verbose="auto", callbacks=(), on_best=None, **kwargs):
         Loss and metrics after each epoch, those before a cut too: {name: list}.
 
     Raises:
+        ValueError: before anything is trained, if the images are not normalized or the labels
+            are of other classes than the model's.
         BackupError: if the backup is damaged or another run's.
+        DivergenceError: if the loss of an epoch is not a finite number.
     """
+    images, labels, *_ = next(run.validation.take(1).as_numpy_iterator())
+    check_batch(model, images, labels)
     state = run.state
-    state.on_best, state.interrupted = on_best, False
+    state.on_best, state.interrupted, state.diverged = on_best, False, None
     state.resume()
+    start = model.get_weights()
     done = len(state.logs)
     if done:
         print(f"Going on after epoch {done} of {run.epochs}.")
@@ -248,7 +298,46 @@ def fit(model, run, verbose="auto", callbacks=(), on_best=None, **kwargs):
     else:
         if state.file:
             state.file.unlink(missing_ok=True)
+    if state.diverged:
+        model.set_weights(start if state.best_weights is None else state.best_weights)
+        best = state.best_epoch
+        has = "those it began with" if best is None else f"those of epoch {best + 1}"
+        raise DivergenceError(
+            f"The training has diverged: {state.diverged}. The model's weights are {has}, the last "
+            "good ones; train with a lower learning rate, or from pretrained weights."
+        )
     return state.history
+
+
+def check_batch(model, images, labels):
+    """Raise a `ValueError` if a model cannot be trained on such a batch.
+
+    Args:
+        model: a model that gives probabilities.
+        images: array (batch, height, width, channels).
+        labels: array (batch,) of integers, or one-hot (batch, classes).
+    """
+    largest = np.abs(images).max()
+    if largest > 20:  # normalized ones stay below 3
+        raise ValueError(
+            f"The images are not normalized: their numbers go up to {largest:g}. Pass "
+            "photographs of 0 to 255 through gcvit.images.normalize."
+        )
+    classes = model.compute_output_shape(images.shape)[-1]
+    if labels.ndim == 2 and labels.shape[-1] != classes:
+        raise ValueError(f"The labels are of {labels.shape[-1]} classes, the model's {classes}.")
+    if labels.ndim == 1:
+        check_labels(labels, classes)
+
+
+def check_labels(labels, classes):
+    """Raise a `ValueError` unless all labels are from 0 to `classes` - 1."""
+    labels = np.asarray(labels)
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if outside.size:
+        raise ValueError(
+            f"The label {outside[0]} is outside the {classes} classes, 0 to {classes - 1}."
+        )
 
 
 def make_variables(model, labels, classes):
