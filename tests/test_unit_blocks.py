@@ -3,7 +3,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -137,12 +136,11 @@ CHANNELS_FIRST = """
 import sys
 import keras
 import numpy as np
-sys.path.insert(0, sys.argv[1])
 from conftest import tiny_model
 from test_unit_blocks import filled_output
 
 assert keras.config.image_data_format() == "channels_first"
-np.save(sys.argv[2], filled_output(tiny_model()))
+np.save(sys.argv[1], filled_output(tiny_model()))
 
 from gcvit.fine_tuning import mix, one_hot, rand_augment  # the layers of the augmentation too
 import tensorflow as tf
@@ -166,11 +164,10 @@ def test_channels_are_last_whatever_keras_json_says(tmp_path):
     """A user's settings are for the user's own layers."""
     settings = {"image_data_format": "channels_first", "backend": keras.backend.backend()}
     (tmp_path / "keras.json").write_text(json.dumps(settings))
-    script = [sys.executable, "-c", CHANNELS_FIRST, str(Path(__file__).parent)]
     environment = {**os.environ, "KERAS_HOME": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # as pytest has set it
     out = str(tmp_path / "out.npy")
-    done = subprocess.run(
-        [*script, out], capture_output=True, text=True, env=environment, check=False
-    )
+    script = [sys.executable, "-c", CHANNELS_FIRST, out]
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     np.testing.assert_allclose(np.load(out), filled_output(tiny_model()), atol=1e-6)
