@@ -1,10 +1,10 @@
 """A run that is cut off, by whatever, and goes on."""
 
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -54,7 +54,7 @@ def interrupt():
 
 DYING_RUN = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2].split(os.pathsep)
 from test_training import At, dark_and_bright, learning_model, prepared
 from gcvit import fine_tuning
 
@@ -78,7 +78,7 @@ def prepared(model, photos, backup=None):
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
     """SIGKILL in the middle of an epoch; then the same call again, in another process."""
     photos = dark_and_bright()
-    script = [sys.executable, "-c", DYING_RUN, str(tmp_path), str(Path(__file__).parent)]
+    script = [sys.executable, "-c", DYING_RUN, str(tmp_path), os.pathsep.join(sys.path)]
     died = subprocess.run(script, capture_output=True, text=True, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
     assert [path.name for path in tmp_path.iterdir()] == ["run.npz"]

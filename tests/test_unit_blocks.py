@@ -1,9 +1,13 @@
+import json
 import math
+import os
+import subprocess
+import sys
 
 import keras
 import numpy as np
 import pytest
-from conftest import to_numpy
+from conftest import tiny_model, to_numpy
 from keras import ops
 
 from gcvit import MLP, GCViT, ReduceSize, SqueezeAndExcitation
@@ -126,3 +130,44 @@ def test_a_wide_start_is_that_of_keras_and_follows_from_the_seed():
     limit = np.sqrt(6 / sum(wide.shape))
     assert 0.9 * limit < np.abs(wide).max() <= limit and narrow.std() < 0.1 * wide.std()
     np.testing.assert_array_equal(wide, again)
+
+
+CHANNELS_FIRST = """
+import sys
+import keras
+import numpy as np
+from conftest import tiny_model
+from test_unit_blocks import filled_output
+
+assert keras.config.image_data_format() == "channels_first"
+np.save(sys.argv[1], filled_output(tiny_model()))
+
+from gcvit.fine_tuning import mix, one_hot, rand_augment  # the layers of the augmentation too
+import tensorflow as tf
+
+augment = rand_augment()
+image = tf.random.stateless_uniform((32, 32, 3), (1, 2), maxval=255.0)
+assert all(augment(image, (i, 1)).shape == (32, 32, 3) for i in range(4))
+batch = tf.data.Dataset.from_tensors((tf.stack([image, image]), tf.constant([0, 1])))
+assert all(images.shape == (2, 32, 32, 3) for images, _ in mix(one_hot(batch.repeat(3), 2)))
+"""
+
+
+def filled_output(model):
+    draw = np.random.default_rng(0)
+    for variable in model.weights:
+        variable.assign(0.3 * draw.normal(size=variable.shape))
+    return to_numpy(model(draw.normal(size=(1, 32, 32, 3)).astype("float32")))
+
+
+def test_channels_are_last_whatever_keras_json_says(tmp_path):
+    """A user's settings are for the user's own layers."""
+    settings = {"image_data_format": "channels_first", "backend": keras.backend.backend()}
+    (tmp_path / "keras.json").write_text(json.dumps(settings))
+    environment = {**os.environ, "KERAS_HOME": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # as pytest has set it
+    out = str(tmp_path / "out.npy")
+    script = [sys.executable, "-c", CHANNELS_FIRST, out]
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    np.testing.assert_allclose(np.load(out), filled_output(tiny_model()), atol=1e-6)
