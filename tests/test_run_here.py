@@ -208,7 +208,8 @@ def test_switches_change_the_answer_as_in_keras(open_page, run_here, small):
         patch.setattr(level, "q_global", lambda x: zeros)
         without = predict(model, images)
     assert np.abs(usual - without).max() > 0.01
-    page.select_option("[name=level]", "levels.1")
+    # Each change is waited for: the message of one run must not pass for that of the next.
+    change(page, lambda: page.select_option("[name=level]", "levels.1"))
     change(page, lambda: page.select_option("[name=query]", "zero"))
     assert_answers(page, without)
     # What lies before the second level's query is not computed again.
