@@ -240,7 +240,7 @@ def intermediates(model, image):
                     f"{at}.attn.v": v,
                     f"{at}.attn.scores": ops.matmul(q * attn.scale, ops.swapaxes(k, -2, -1)),
                     f"{at}.attn.bias": attn.relative_position_bias()[None],
-                    f"{at}.attn.weights": attn.weights_of(q, k),
+                    f"{at}.attn.weights": attn.attention_weights(tokens, *query)[None],
                     f"{at}.attn.output": attn(tokens, *query)[None],
                 }
                 x = tensors[at] = block(x, *query)

@@ -178,15 +178,23 @@ def test_the_page_shows_the_weights_of_keras(open_page, run_here, small):
     label = page.get_attribute("canvas.global", "aria-label")
     assert f"row {4 * r + key // 4}, column {4 * c + key % 4}, weight {rows.max():.3f}" in label
 
-    # Behind the strongest weight of a head: its score, its bias, and the weight again.
+    # Behind the strongest weight of the mean: the head that has most of it.
     page.click(".levels label:nth-of-type(2)")
-    page.select_option("select.head >> nth=0", "1")
-    page.wait_for_function("document.querySelector('.arithmetic').textContent.includes('head 1')")
-    weights = explain.attention_weights(model, images, 1, 0)[0]
-    row, column = np.array([7, 12]) // 2
-    weights = weights[row // 4, column // 4, 1, row % 4 * 4 + column % 4]
+    page.wait_for_function("document.querySelector('.said').textContent.includes('column 6.')")
+    weights = explain.attention_weights(model, images, 1, 0)[0][0, 1, :, 3 * 4 + 2]  # (3, 6)
+    key = weights.mean(axis=0).argmax()
     told = page.text_content(".arithmetic p >> nth=0")
-    assert told.endswith(f"weight {weights.max():.3f}")
+    assert told.endswith(f"weight {weights[:, key].max():.3f}")
+
+    # Behind the strongest weight of each head: its score, its bias, and the weight again.
+    for head in (0, 1):
+        page.select_option("select.head >> nth=0", str(head))
+        page.wait_for_function(
+            "x => document.querySelector('caption').textContent.includes(x)",
+            arg=f"head {head}, key {weights[head].argmax()} ",
+        )
+        told = page.text_content(".arithmetic p >> nth=0")
+        assert told.endswith(f"weight {weights[head].max():.3f}")
 
 
 def test_switches_change_the_answer_as_in_keras(open_page, run_here, small):
@@ -200,7 +208,8 @@ def test_switches_change_the_answer_as_in_keras(open_page, run_here, small):
         patch.setattr(level, "q_global", lambda x: zeros)
         without = predict(model, images)
     assert np.abs(usual - without).max() > 0.01
-    page.select_option("[name=level]", "levels.1")
+    # Each change is waited for: the message of one run must not pass for that of the next.
+    change(page, lambda: page.select_option("[name=level]", "levels.1"))
     change(page, lambda: page.select_option("[name=query]", "zero"))
     assert_answers(page, without)
     # What lies before the second level's query is not computed again.

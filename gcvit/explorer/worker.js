@@ -127,7 +127,10 @@ const questions = {
     }
     const arithmetic = (layer, values, head) => {
       const best = values.indexOf(Math.max(...values));
-      const chosen = { window: at, head: Math.max(head, 0), query, key: best };
+      // The mean is no head: of the key that it weighs most, the head that does so most.
+      const shares = range(layer.heads).map((one) => rowOf(layer, at, one, query)[best]);
+      const strongest = head < 0 ? shares.indexOf(Math.max(...shares)) : head;
+      const chosen = { window: at, head: strongest, query, key: best };
       return {
         key: best,
         head: chosen.head,
