@@ -5,8 +5,8 @@
 
 FOLDER is the unpacked tiny-imagenet-200: `train/<wnid>/images/*.JPEG`, `val/images` and
 `val/val_annotations.txt`. Every phase hands on nothing but averaged weights, a file of the size
-of a checkpoint, so that a phase can be run on another day or machine: put the files of the
-phases that are done into the work folder. It can be killed at any moment.
+of a checkpoint, so that a phase can be run on another day or machine; `phases/` holds those of the
+phases that are done. Delete them to begin at the beginning. It can be killed at any moment.
 
 To choose by, 25 training images of each class are held out. The 10,000 validation images are
 read by `--finish` alone.
@@ -35,17 +35,22 @@ from gcvit.weights import PACKAGED, save_safetensors
 
 PHASES = {
     # From 64 px on: two thirds of a 128 px step would be spent on pixels that were made up.
-    "64px-a": {"image_size": 64, "epochs": 10, "rates": (2e-3, 1.5e-3), "smallest_crop": 0.35},
-    "64px-b": {"image_size": 64, "epochs": 20, "rates": (1.5e-3, 8e-4), "smallest_crop": 0.35},
-    "128px": {"image_size": 128, "epochs": 6, "rates": (8e-4, 0.0), "smallest_crop": 0.35},
+    "64px-a": {"image_size": 64, "steps": 4800, "rates": (2e-3, 1.5e-3), "schedule": 7400},
+    "64px-b": {"image_size": 64, "steps": 14800, "rates": (1.65e-3, 8e-4), "schedule": 14800},
+    "128px": {"image_size": 128, "steps": 4000, "rates": (8e-4, 0.0), "schedule": 4000},
 }
-"""What is trained, in order. `rates`: the highest learning rate, after a warm-up, and the last."""
+"""What is trained, in order, in batches of 128: 742 steps see all images once. `rates`: the highest
+learning rate, after a warm-up, and the one that it falls to within `schedule` steps. A phase may
+end before that. Each takes at most two hours on two cores."""
+
+DONE = Path(__file__).parent / "phases"
+"""What phases that were run before have handed on."""
 
 WINDOWS = {64: (4, 4, 4, 2), 128: (4, 4, 8, 4)}
 """Windows at each image size. At 64 px those of the preset would not fit the last two levels."""
 
 BATCH, WARMUP, SEED, SIDE, CLASSES, EACH = 128, 200, 0, 64, 200, 500
-HELD_OUT = 25
+HELD_OUT, SMALLEST_CROP = 25, 0.35
 SAVE_EVERY = 200
 """Steps between two states on disk."""
 
@@ -74,9 +79,9 @@ def training_images(folder, work):
     return (pixels[~held], labels[~held]), (pixels[held], labels[held])
 
 
-def boxes(rng, count, smallest):
+def boxes(rng, count):
     """Draw crops as `tf.image.crop_and_resize` takes them; half of them are mirrored."""
-    area = rng.uniform(smallest, 1, count)
+    area = rng.uniform(SMALLEST_CROP, 1, count)
     ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3), count))
     height, width = np.minimum(np.sqrt(area / ratio), 1), np.minimum(np.sqrt(area * ratio), 1)
     top, left = rng.uniform(0, 1 - height), rng.uniform(0, 1 - width)
@@ -92,11 +97,11 @@ def batches(data, phase, first_step):
     size, steps = phase["image_size"], len(labels) // BATCH
 
     def drawn():
-        for epoch in range(first_step // steps, phase["epochs"]):
+        for epoch in range(first_step // steps, -(-phase["steps"] // steps)):
             rng = np.random.default_rng([SEED, size, epoch])
             order = rng.permutation(len(labels))
             for step in range(steps):
-                box = boxes(rng, BATCH, phase["smallest_crop"])
+                box = boxes(rng, BATCH)
                 light = rng.uniform((0.8, -0.1), (1.2, 0.1), (BATCH, 2)).astype("float32")
                 if epoch * steps + step >= first_step:
                     chosen = order[step * BATCH : (step + 1) * BATCH]
@@ -135,14 +140,18 @@ def accuracy(model, data, size, most=(1, 5)):
     return [float((order[:, :k] == labels[:, None]).any(axis=-1).mean()) for k in most]
 
 
-def optimizer(phase, steps):
+def optimizer(phase):
     """Return Muon for the matrices, AdamW for all else, averaging the weights.
 
     After as many steps at the same rate, AdamW alone is several times as far from the end.
     """
     peak, end = phase["rates"]
     rate = keras.optimizers.schedules.CosineDecay(
-        0.0, steps - WARMUP, alpha=end / peak, warmup_target=peak, warmup_steps=WARMUP
+        0.0,
+        phase["schedule"] - WARMUP,
+        alpha=end / peak,
+        warmup_target=peak,
+        warmup_steps=WARMUP,
     )
     made = keras.optimizers.Muon(
         rate,
@@ -191,6 +200,12 @@ class Saved(keras.callbacks.Callback):
         )
 
 
+def handed_on(name, work):
+    """Return the file of a phase's weights, made now or before; `None` if there is none."""
+    files = [folder / f"{name}.safetensors" for folder in (work, DONE)]
+    return next((file for file in files if file.exists()), None)
+
+
 def built(size, start):
     """Return the model for an image size, with the weights of a phase before or random ones."""
     model = GCViT.from_preset(
@@ -213,9 +228,9 @@ def train(name, start, data, held, work):
     phase = PHASES[name]
     keras.utils.set_random_seed(SEED)
     model = built(phase["image_size"], start)
-    total = phase["epochs"] * (len(data[1]) // BATCH) // SAVE_EVERY * SAVE_EVERY
+    total = phase["steps"]
     model.compile(
-        optimizer(phase, total),
+        optimizer(phase),
         keras.losses.CategoricalCrossentropy(label_smoothing=0.1),
         metrics=["accuracy"],
         jit_compile=jit_compile(),
@@ -236,7 +251,12 @@ def train(name, start, data, held, work):
     top1, top5 = accuracy(model, held, phase["image_size"])
     print(f"{name}: of the images held out, top-1 {top1:.4f}, top-5 {top5:.4f}", flush=True)
     notes = {**phase, "held_out_top1": top1, "held_out_top5": top5}
-    save_safetensors(model, work / f"{name}.safetensors", metadata={"phase": json.dumps(notes)})
+    save_safetensors(
+        model,
+        work / f"{name}.safetensors",
+        dtype="float16",
+        metadata={"phase": json.dumps(notes)},
+    )
     saved.file.unlink()
 
 
@@ -244,7 +264,7 @@ def finish(folder, work, out):
     """Look at the validation images, once, and write what ships."""
     name = list(PHASES)[-1]
     size = PHASES[name]["image_size"]
-    model = built(size, work / f"{name}.safetensors")
+    model = built(size, handed_on(name, work))
     wnids = sorted(path.name for path in (folder / "train").iterdir())
     words = dict(
         line.split("\t") for line in (folder / "words.txt").read_text("utf-8").splitlines()
@@ -264,8 +284,7 @@ def finish(folder, work, out):
         "mean": images.MEAN.tolist(),
         "std": images.STD.tolist(),
         "phases": {
-            name: json.loads(training_notes(work / f"{name}.safetensors")["phase"])
-            for name in PHASES
+            name: json.loads(training_notes(handed_on(name, work))["phase"]) for name in PHASES
         },
         "seed": SEED,
         "versions": {"keras": keras.__version__, "tensorflow": tf.__version__},
@@ -301,10 +320,9 @@ def main():
     data, held = training_images(given.folder, given.work)
     start = None
     for name in PHASES:
-        file = given.work / f"{name}.safetensors"
-        if not file.exists():
+        if handed_on(name, given.work) is None:
             train(name, start, data, held, given.work)
-        start = file
+        start = handed_on(name, given.work)
 
 
 if __name__ == "__main__":
