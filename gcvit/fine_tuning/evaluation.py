@@ -150,7 +150,13 @@ def training_speed(model, batches, steps=4):
     values = values_of(variables)
     stopwatch = _Stopwatch()
     try:
-        model.fit(batch.repeat(steps), verbose=0, shuffle=False, callbacks=[stopwatch])
+        model.fit(
+            batch.repeat(),
+            steps_per_epoch=steps,
+            verbose=0,
+            shuffle=False,
+            callbacks=[stopwatch],
+        )
     finally:
         assign(variables, values)
     return size * (steps - 1) / stopwatch.seconds
