@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import inspect
 import json
 import math
 import os
@@ -15,18 +14,16 @@ from gcvit.checks import pair
 from gcvit.fine_tuning.datasets import short_side_for
 from gcvit.fine_tuning.training import jit_compile
 from gcvit.images import MEAN, STD, DatasetError, read_photograph, resize
-from gcvit.model import GCViT
+from gcvit.model import ARGUMENTS, GCViT
 from gcvit.presets import PRESETS
 from gcvit.readers import CheckpointError, training_notes
 from gcvit.weights import load_checkpoint, save_safetensors
 
 
 def _architecture(model):
-    """Return the arguments that build a model like this one, as JSON's types."""
-    named = inspect.signature(GCViT.__init__).parameters
-    config = json.loads(json.dumps(model.get_config()))
-    arguments = {name: value for name, value in config.items() if name in named}
-    return {**arguments, "dtype": model.dtype_policy.name}
+    """Return the arguments that build a model like this one."""
+    config = model.get_config()
+    return {**{name: config[name] for name in ARGUMENTS}, "dtype": model.dtype_policy.name}
 
 
 def save_classifier(path, model, class_names, image_size, crop=1.0, **notes):

@@ -55,12 +55,7 @@ def pilot_split(photos):
     count = photos.train_size // 10
     rest = photos.train_size - count
     return dataclasses.replace(
-        photos,
-        train=photos.train.take(rest),
-        validation=photos.train.skip(rest),
-        train_labels=photos.train_labels.take(rest),
-        train_size=rest,
-        validation_size=count,
+        photos.take(rest), validation=photos.train.skip(rest), validation_size=count
     )
 
 
