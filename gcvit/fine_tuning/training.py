@@ -118,20 +118,14 @@ class TrainingState(keras.callbacks.Callback):
         self.best_weights = best or None
 
     def write(self):
-        """Write what `resume` reads; the file is whole or the one before, never a part."""
+        """Write what `resume` reads."""
         state, best = values_of(self.variables()), self.best_weights or []
         notes = {"run": self.run, "logs": self.logs, "best_epoch": self.best_epoch}
         notes |= {"state": describe(self.variables())}
         notes |= {"best": describe(self.model.weights) if best else []}
         arrays = {f"state{i}": value for i, value in enumerate(state)}
         arrays |= {f"best{i}": value for i, value in enumerate(best)}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.file.with_suffix(".part")
-        with open(unfinished, "wb") as file:
-            np.savez(file, notes=json.dumps(notes), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self.file)
+        write_whole(self.file, notes=json.dumps(notes), **arrays)
 
     def restore_best(self):
         """Give the model the best epoch's weights, if an epoch has been finished."""
@@ -215,6 +209,17 @@ def assign(variables, values):
     """Give variables the values that `values_of` returned."""
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
+
+
+def write_whole(file, **arrays):
+    """Write arrays as `.npz`; the file is whole or the one before, never a part."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".part")
+    with open(unfinished, "wb") as stream:
+        np.savez(stream, **arrays)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(unfinished, file)
 
 
 @dataclasses.dataclass

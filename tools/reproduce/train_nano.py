@@ -18,7 +18,6 @@ import argparse
 import concurrent.futures
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 
@@ -28,7 +27,7 @@ import tensorflow as tf
 from PIL import Image
 
 from gcvit import PRESETS, GCViT, images, load_checkpoint
-from gcvit.fine_tuning import jit_compile
+from gcvit.fine_tuning.training import assign, jit_compile, values_of, write_whole
 from gcvit.readers import training_notes
 from gcvit.unit_blocks import reinit_glorot
 from gcvit.weights import PACKAGED, save_safetensors
@@ -167,7 +166,7 @@ def optimizer(phase):
 
 
 class Saved(keras.callbacks.Callback):
-    """Keeps a phase's state in one file, replaced as a whole; says how fast it goes."""
+    """Keeps a phase's state in one file; says how fast it goes."""
 
     def __init__(self, file, model, name, total):
         super().__init__()
@@ -176,8 +175,7 @@ class Saved(keras.callbacks.Callback):
         self.done, self.curve = 0, []
         if file.exists():
             with np.load(file) as stored:
-                for i, variable in enumerate(self.state):
-                    variable.assign(stored[str(i)])
+                assign(self.state, [stored[str(i)] for i in range(len(self.state))])
                 self.done, self.curve = int(stored["done"]), json.loads(str(stored["curve"]))
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -188,11 +186,8 @@ class Saved(keras.callbacks.Callback):
         rate = SAVE_EVERY * BATCH / (time.time() - self.began)
         left = (self.total - self.done) * BATCH / rate / 60
         self.curve.append([self.done, round(logs["loss"], 4), round(logs["accuracy"], 4)])
-        arrays = {str(i): keras.ops.convert_to_numpy(v) for i, v in enumerate(self.state)}
-        unfinished = self.file.with_suffix(".part")
-        with open(unfinished, "wb") as file:
-            np.savez(file, done=self.done, curve=json.dumps(self.curve), **arrays)
-        os.replace(unfinished, self.file)
+        arrays = {str(i): value for i, value in enumerate(values_of(self.state))}
+        write_whole(self.file, done=self.done, curve=json.dumps(self.curve), **arrays)
         print(
             f"{self.name}: step {self.done} of {self.total}, loss {logs['loss']:.3f}, accuracy "
             f"{logs['accuracy']:.3f}, {rate:.0f} images/s, {left:.0f} min left",
