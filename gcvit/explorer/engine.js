@@ -632,7 +632,7 @@ class Model {
     this.imageSize = written("image_size");
     this.crop = written("crop") ?? 1;
     this.mean = written("mean") ?? [123.675, 116.28, 103.53];
-    this.std = written("std") ?? written("deviation") ?? [58.395, 57.12, 57.375];
+    this.std = written("std") ?? [58.395, 57.12, 57.375];
     // A pass over an empty image finds, checks and lays out every weight.
     this.forward(new Float32Array(SMALLEST_IMAGE ** 2 * config.in_channels), 32, 32, {});
     const extra = Object.keys(tensors).filter((name) => !this.laidOut.has(name)

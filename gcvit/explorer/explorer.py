@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-from keras import ops
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from PIL import Image
@@ -16,10 +15,9 @@ from PIL import Image
 from gcvit import figures
 from gcvit.checks import pair
 from gcvit.explain import attention_weights
-from gcvit.images import normalize, resize
-from gcvit.model import GCViT
+from gcvit.fine_tuning import load_classifier
+from gcvit.images import normalize
 from gcvit.readers import training_notes
-from gcvit.weights import load_checkpoint
 
 PIECES = ("page.html", "explorer.css", "explorer.js", "engine.js", "worker.js")
 """Files that the page that runs the model is put together from."""
@@ -161,16 +159,12 @@ def as_stored(image):
     return np.asarray(Image.open(io.BytesIO(_jpeg(image))))
 
 
-def _answers(path, notes, image):
+def _answers(classifier, image):
     """Return what Keras says of a photograph: the five likeliest classes, (name, probability)."""
-    size = pair("image_size", json.loads(notes["image_size"]))
-    model = GCViT(**json.loads(notes["config"]))
-    model.build((None, *size, 3))
-    load_checkpoint(model, path)
-    images = normalize(resize(image, size, json.loads(notes.get("crop", "1"))))[None]
-    probabilities = ops.convert_to_numpy(model(images))[0]
-    classes = json.loads(notes["classes"])
-    return [(classes[i], float(probabilities[i])) for i in np.argsort(-probabilities)[:5]]
+    images = classifier.prepare(image)[None]
+    probabilities = np.asarray(classifier.model.predict_on_batch(images)[0])
+    names = classifier.class_names
+    return [(names[i], float(probabilities[i])) for i in np.argsort(-probabilities)[:5]]
 
 
 def _answer_item(name, probability):
@@ -233,12 +227,13 @@ def run_here(path, examples, image_size=None, address=None):
     }
     texts = {name: Path(__file__).with_name(name).read_text("utf-8") for name in PIECES}
     first = next(iter(examples))
+    classifier = load_classifier(path, checkpoint["imageSize"])
     pieces = {
         "css": texts["explorer.css"],
         "name": html.escape(first),
         "image": addresses[first],
         "answers": "".join(
-            _answer_item(*x) for x in _answers(path, notes, as_stored(examples[first]))
+            _answer_item(*answer) for answer in _answers(classifier, as_stored(examples[first]))
         ),
         "settings": json.dumps(settings, separators=(",", ":")).replace("<", "\\u003c"),
         # A page that was opened as a file may start plain scripts as workers, and no modules.

@@ -92,12 +92,23 @@ class Classifier:
     notes: dict
 
     def image(self, path):
+        """Return the photograph of a file as the model takes it: see `prepare`.
+
+        Raises:
+            DatasetError: if it cannot be read.
+            ValueError: see `prepare`.
+        """
+        return self.prepare(read_photograph(path, short_side_for(self.image_size, self.crop)))
+
+    def prepare(self, photograph):
         """Return a photograph as the model takes it: (height, width, channels) float32.
 
         A model of one channel takes its shades of gray.
 
+        Args:
+            photograph: (height, width, 3), 0 to 255.
+
         Raises:
-            DatasetError: if it cannot be read.
             ValueError: if the model takes neither one channel nor three.
         """
         channels = self.model.in_channels
@@ -106,7 +117,6 @@ class Classifier:
                 f"The model takes images of {channels} channels, and a photograph gives 3, or 1 "
                 "of gray: call `classifier.model` with arrays of your own."
             )
-        photograph = read_photograph(path, short_side_for(self.image_size, self.crop))
         pixels = resize(photograph, self.image_size, self.crop)
         if channels == 1:
             pixels = np.array(Image.fromarray(pixels).convert("L"))[..., None]
@@ -140,11 +150,13 @@ class Classifier:
                     yield path, next(rows) if isinstance(image, np.ndarray) else image
 
 
-def load_classifier(path):
+def load_classifier(path, image_size=None):
     """Read what `save_classifier` wrote.
 
     Args:
         path: the file.
+        image_size: side in pixels of the images to predict, or (height, width); default:
+            what the file says.
 
     Returns:
         A `Classifier`.
@@ -159,7 +171,8 @@ def load_classifier(path):
     try:
         notes = {name: parsed_json(text) for name, text in training_notes(path).items()}
         preset = PRESETS.get(notes.get("preset"), {})
-        image_size = notes.pop("image_size", preset.get("image_size"))
+        own_size = notes.pop("image_size", preset.get("image_size"))
+        image_size = own_size if image_size is None else image_size
         crop = float(notes.pop("crop", preset.get("crop", 1.0)))
         config, class_names = notes.pop("config"), notes.pop("classes")
         model = GCViT(**config)
