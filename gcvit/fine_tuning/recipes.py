@@ -7,6 +7,7 @@ import numpy as np
 
 from gcvit.fine_tuning.pipeline import (
     every_epoch,
+    flip,
     make_dataset,
     mix,
     one_hot,
@@ -112,6 +113,18 @@ def _steps(photos, batch_size):
     return whole + (rest > 0 and not _distributed())
 
 
+def _epochs(photos, settings, augment=flip):
+    """Return what gives the batches of all epochs from one on, by its number."""
+    names = ("image_size", "batch_size", "seed", "crop")
+    options = {"train": True, "augment": augment, **{name: settings[name] for name in names}}
+
+    def one_pass(epoch):
+        batches = make_dataset(photos.train, epoch=epoch, **options)
+        return batches.take(_steps(photos, settings["batch_size"]))
+
+    return lambda first: every_epoch(one_pass, first, settings["epochs"])
+
+
 def _run(model, photos, batches, validation, settings, backup, **keeping):
     """Return the `Run`.
 
@@ -155,7 +168,6 @@ def original(model, photos, image_size, epochs=5, batch_size=32, crop=1.0, backu
     """
     settings = {"recipe": "original", "image_size": image_size, "epochs": epochs}
     settings |= {"batch_size": batch_size, "crop": crop, "seed": seed}
-    size = image_size, batch_size
     model.compile(
         keras.optimizers.Adam(1e-3),
         "sparse_categorical_crossentropy",
@@ -163,17 +175,8 @@ def original(model, photos, image_size, epochs=5, batch_size=32, crop=1.0, backu
         jit_compile=jit_compile(),
     )
     make_variables(model, np.zeros(1), len(photos.class_names))
-
-    steps = _steps(photos, batch_size)
-
-    def one_pass(epoch):
-        batches = make_dataset(photos.train, *size, train=True, seed=seed, epoch=epoch, crop=crop)
-        return batches.take(steps)
-
-    def batches(first):
-        return every_epoch(one_pass, first, epochs)
-
-    validation = make_dataset(photos.validation, *size, crop=crop)
+    batches = _epochs(photos, settings)
+    validation = make_dataset(photos.validation, image_size, batch_size, crop=crop)
     return _run(model, photos, batches, validation, settings, backup, leave_best=False)
 
 
@@ -208,7 +211,7 @@ def finetune(
     settings = {"recipe": "finetune", "image_size": image_size, "epochs": epochs}
     settings |= {"batch_size": batch_size, "crop": crop, "seed": seed}
     settings |= {"peak": peak, "layer_decay": layer_decay, "strength": strength}
-    classes, size = len(photos.class_names), (image_size, batch_size)
+    classes = len(photos.class_names)
     steps = _steps(photos, batch_size)
     tenth = epochs * steps / 10
     optimizer = adamw(
@@ -225,19 +228,13 @@ def finetune(
         jit_compile=jit_compile(),
     )
     make_variables(model, np.zeros((1, classes)), classes)
-    augment = rand_augment(strength)
-
-    def one_pass(epoch):
-        batches = make_dataset(
-            photos.train, *size, train=True, augment=augment, seed=seed, epoch=epoch, crop=crop
-        )
-        return batches.take(steps)
+    passes = _epochs(photos, settings, rand_augment(strength))
 
     def batches(first):
-        passes = every_epoch(one_pass, first, epochs)
-        return mix(one_hot(passes, classes), seed, first * steps)
+        return mix(one_hot(passes(first), classes), seed, first * steps)
 
-    validation = one_hot(make_dataset(photos.validation, *size, crop=crop), classes)
+    validation = make_dataset(photos.validation, image_size, batch_size, crop=crop)
+    validation = one_hot(validation, classes)
     return _run(model, photos, batches, validation, settings, backup, patience=patience)
 
 
