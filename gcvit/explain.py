@@ -127,7 +127,7 @@ def input_gradient(function, x):
 
         gradient = jax.grad(function)(x)
     else:
-        x = x.clone().requires_grad_(True)
+        x = x.detach().clone().requires_grad_(True)
         function(x).backward()
         gradient = x.grad
     return ops.convert_to_numpy(gradient)

@@ -307,12 +307,13 @@ GIVEN = RNG.normal(size=(4, 4, 16)).astype("float32")
 
 def without_head(attn, x, q_global=None):
     q, k, v = type(attn).query_key_value(attn, x, q_global)
-    return q, k, v * (np.arange(attn.num_heads) != 1)[:, None, None].astype("float32")
+    kept = (np.arange(attn.num_heads) != 1)[:, None, None]
+    return q, k, v * ops.convert_to_tensor(kept, "float32")
 
 
 def in_parts(attn):
     mask = laboratory.block_mask(attn.window_size[0], 4)
-    return type(attn).relative_position_bias(attn) + mask
+    return type(attn).relative_position_bias(attn) + ops.convert_to_tensor(mask)
 
 
 def levels(*indices):
