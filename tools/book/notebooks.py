@@ -18,6 +18,7 @@ import nbformat
 BOOK = Path(__file__).resolve().parents[2] / "book"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 KEPT_METADATA = ("tags", "mystnb")
+WIDTH = 79  # a chapter's page cuts off longer lines
 
 
 def is_magic(line):
@@ -38,7 +39,7 @@ def tidy_code(source):
     if any(map(is_magic, source.splitlines())):
         return source.strip()
     result = subprocess.run(
-        [sys.executable, "-m", "ruff", "format", "--stdin-filename", "cell.ipynb.py", "-"],
+        [sys.executable, "-m", "ruff", "format", "--line-length", str(WIDTH), "-"],
         input=source,
         capture_output=True,
         text=True,
