@@ -19,7 +19,10 @@ from gcvit.fine_tuning import load_classifier
 from gcvit.images import normalize
 from gcvit.readers import training_notes
 
-PIECES = ("page.html", "explorer.css", "explorer.js", "engine.js", "worker.js")
+MODULES = ("engine.js", "model.js", "readers.js", "images.js", "explain.js", "worker.js")
+"""What runs in the page's worker, one text behind the other."""
+
+PIECES = ("page.html", "explorer.css", "explorer.js", *MODULES)
 """Files that the page that runs the model is put together from."""
 
 EXAMPLE_SIDE = 256
@@ -175,6 +178,14 @@ def _answer_item(name, probability):
     )
 
 
+def as_plain_script(module):
+    """Return the text of a module without imports and exports.
+
+    A page that was opened as a file may start plain scripts as workers, and no modules.
+    """
+    return re.sub(r"^(import |export \{).*\n|^export ", "", module, flags=re.M)
+
+
 def run_here(path, examples, image_size=None, address=None):
     """Return a piece of a web page that runs a model itself, without a server.
 
@@ -236,8 +247,7 @@ def run_here(path, examples, image_size=None, address=None):
             _answer_item(*answer) for answer in _answers(classifier, as_stored(examples[first]))
         ),
         "settings": json.dumps(settings, separators=(",", ":")).replace("<", "\\u003c"),
-        # A page that was opened as a file may start plain scripts as workers, and no modules.
-        "worker": re.sub("^export ", "", texts["engine.js"], flags=re.M) + texts["worker.js"],
+        "worker": "".join(as_plain_script(texts[name]) for name in MODULES),
         "script": texts["explorer.js"],
     }
     return Page(re.sub(r"\{\{ (\w+) \}\}", lambda match: pieces[match[1]], texts["page.html"]))

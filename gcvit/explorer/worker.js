@@ -1,5 +1,5 @@
 /**
- * What the page asks of the model. In the worker, this text stands behind that of engine.js.
+ * What the page asks of the model. In the worker, this text stands behind those of the modules.
  *
  * A question is { id, name, ...arguments }; the answer has the same id, and what the function of
  * that name in `questions` returned, or the message of its error.
@@ -54,10 +54,10 @@ const questions = {
   },
 
   /** Run the model with some switches, and tell what a page shows at once. */
-  async run({ switches }) {
+  run({ switches }) {
     const started = performance.now();
     const query = switches.query === "other" ? otherQueries : switches.query;
-    result = await model.run(photo.image, photo.height, photo.width, {
+    result = model.run(photo.image, photo.height, photo.width, {
       switches: { ...switches, query },
     });
     const { logits, tensors } = result;
@@ -153,9 +153,9 @@ const questions = {
   },
 };
 
-self.onmessage = async ({ data: { id, name, ...given } }) => {
+self.onmessage = ({ data: { id, name, ...given } }) => {
   try {
-    self.postMessage({ id, answer: await questions[name](given) });
+    self.postMessage({ id, answer: questions[name](given) });
   } catch (error) {
     self.postMessage({ id, error: error.message });
   }
