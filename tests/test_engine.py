@@ -5,6 +5,7 @@ import contextlib
 import functools
 import http.server
 import json
+import queue
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,6 +20,7 @@ from gcvit import GCViT, SqueezeAndExcitation, explain, laboratory
 from gcvit.weights import PACKAGED, save_safetensors
 
 FOLDER = Path(laboratory.__file__).parent / "explorer"
+FIREFOX = shutil.which("firefox-esr") or shutil.which("firefox")
 MODULES = ("engine.js", "images.js", "explain.js")
 RNG = np.random.default_rng(0)
 
@@ -127,6 +129,50 @@ def ask_chromium(browser, *calls):
     with serving(handler) as server, contextlib.closing(browser.new_page()) as page:
         page.goto(f"{server.url}/engine.js")
         return decode(json.loads(page.evaluate(script, encode(calls))))
+
+
+def ask_firefox(folder, *calls):
+    """Return what Firefox answers: it opens a page that asks the engine, and sends this back.
+
+    Playwright cannot drive Debian's: version 1.65 tells each page its color scheme by a command
+    that Firefox 153 does not know.
+    """
+    page = (
+        f"<!doctype html><title>t</title><script type=module>{ASK} let answer;"
+        "try { answer = ask(await load(location.origin), await (await fetch('calls')).json()); }"
+        "catch (error) { answer = JSON.stringify(String(error)); }"
+        "await fetch('answer', { method: 'POST', body: answer });</script>"
+    )
+    texts = {"/": ("text/html", page), "/calls": ("application/json", json.dumps(encode(calls)))}
+    answers = queue.Queue()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if self.path not in texts:
+                return super().do_GET()
+            kind, text = texts[self.path]
+            self.send_response(200)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def do_POST(self):
+            answers.put(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(204)
+            self.end_headers()
+
+    (folder / "user.js").write_text(
+        'user_pref("datareporting.policy.dataSubmissionEnabled", false);\n'
+        'user_pref("browser.aboutwelcome.enabled", false);\n'
+    )
+    with serving(functools.partial(Handler, directory=FOLDER)) as server:
+        command = [FIREFOX, "--headless", "--no-remote", "--profile", str(folder), server.url]
+        firefox = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            return decode(json.loads(answers.get(timeout=180)))
+        finally:
+            firefox.terminate()
+            firefox.wait()
 
 
 # Three models whose random weights are large enough for every part to show in the output.
@@ -294,16 +340,23 @@ def test_every_tensor_is_that_of_keras(name, tmp_path):
         compare(answer, intermediates(model, image))
 
 
-def test_chromium_computes_the_same(browser, tmp_path):
-    name = "windows that are not square"
-    model, config = model_of(name)
+def assert_computes_the_same(ask_it, folder):
+    model, config = model_of("windows that are not square")
     image = picture_of("not square")
-    _, answer = ask_chromium(
-        browser,
-        ["createModel", file_of(model, config, tmp_path)],
-        ["run", image.ravel(), *image.shape[:2]],
-    )
+    file = file_of(model, config, folder)
+    _, answer = ask_it(["createModel", file], ["run", image.ravel(), *image.shape[:2]])
     compare(answer, intermediates(model, image))
+
+
+def test_chromium_computes_the_same(browser, tmp_path):
+    assert_computes_the_same(functools.partial(ask_chromium, browser), tmp_path)
+
+
+@pytest.mark.skipif(FIREFOX is None, reason="needs Firefox")
+def test_firefox_computes_the_same(tmp_path):
+    profile = tmp_path / "profile"
+    profile.mkdir()
+    assert_computes_the_same(functools.partial(ask_firefox, profile), tmp_path)
 
 
 # Switches: what stands in for a part in Keras, and how the engine is told.
