@@ -490,6 +490,29 @@ def test_a_switch_costs_only_what_lies_behind_it(tmp_path):
 
 
 @needs_node
+def test_what_was_computed_before_is_never_out_of_date(tmp_path):
+    model, config = model_of("layer scale")
+    image, other = (picture_of(name).ravel() for name in ("photograph", "noise"))
+    alone = [switches for switches, *_ in SWITCHES.values()]
+    two = [{**alone[i], **alone[j]} for i, j in RNG.integers(len(alone), size=(20, 2))]
+    chosen = [
+        {"switches": switches, "keep": ["norm"]}
+        for one, both in zip(alone, two, strict=False)
+        for switches in (one, both, {})
+    ]
+    in_turn = [["run", image, 64, 64, options] for options in chosen]
+    afresh = [call for run in in_turn for call in (["run", other, 64, 64, {}], run)]
+    _, *answers = ask(["createModel", file_of(model, config, tmp_path)], *in_turn, *afresh)
+    used, wanted = answers[: len(chosen)], answers[len(chosen) + 1 :: 2]
+    assert sum(len(answer["computed"]) for answer in used) < 0.9 * sum(
+        len(answer["computed"]) for answer in wanted
+    )
+    for answer, want, options in zip(used, wanted, chosen, strict=True):
+        np.testing.assert_array_equal(answer["logits"], want["logits"], err_msg=str(options))
+        np.testing.assert_array_equal(answer["tensors"]["norm"], want["tensors"]["norm"])
+
+
+@needs_node
 def test_only_what_is_asked_for_is_kept(tmp_path):
     model, config = model_of("layer scale")
     image = picture_of("noise").ravel()

@@ -134,11 +134,11 @@ function layerNorm(net, name, x) {
 const strided = ([height, width], stride) => [height, width].map((n) => Math.ceil(n / stride));
 
 /**
- * Visit the 3x3 places around every place, or around every second one where the stride is 2.
+ * Visit the 3x3 places around every `stride`-th place of a map.
  *
- * Of those in the map, `visit` is told where the numbers begin of the place that comes out and
- * of the one seen, both for maps of so many channels, and which of the nine it is. What lies
- * outside is not seen, as if there were zeros to add; `visitOutside` is told of it.
+ * `visit` is told at which number the output's place begins, at which the input's, and which of
+ * the nine this is. It is not called for what lies outside of the map: a sum would get zeros from
+ * there. `visitOutside` is, with the output's place.
  */
 function eachTap([rows, columns, channels], stride, visit, visitOutside = () => {}) {
   const [height, width] = strided([rows, columns], stride);
@@ -268,13 +268,14 @@ function featureExtraction(net, name, x, keepdims) {
   x = add(x, fusedMbconv(net, `${name}.conv`, x));
   if (keepdims) return net.keep(name, x);
   const channels = x.shape[2], y = tensor([...strided(x.shape, 2), channels]), out = y.data;
-  out.fill(-Infinity);
-  const max = (to, read) => {
-    for (let c = 0; c < channels; c++) out[to + c] = Math.max(out[to + c], read(c));
+  out.fill(-Infinity); // what lies outside must never win
+  // Zeros there, the original notebook's fault, beat what is negative.
+  const zerosOutside = (to) => {
+    for (let c = 0; c < channels; c++) out[to + c] = Math.max(out[to + c], 0);
   };
-  // What lies outside must never win. Zeros, the original notebook's fault, beat what is negative.
-  const outside = net.switch("zeroPadding", name) ? (to) => max(to, () => 0) : undefined;
-  eachTap(x.shape, 2, (to, from) => max(to, (c) => x.data[from + c]), outside);
+  eachTap(x.shape, 2, (to, from) => {
+    for (let c = 0; c < channels; c++) out[to + c] = Math.max(out[to + c], x.data[from + c]);
+  }, net.switch("zeroPadding", name) ? zerosOutside : undefined);
   return net.keep(name, y);
 }
 
