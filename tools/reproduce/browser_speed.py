@@ -20,7 +20,6 @@ import gzip
 import http.server
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from pathlib import Path
 os.environ["KERAS_BACKEND"] = "torch"  # which alone writes ONNX
 
 from playwright.sync_api import sync_playwright
-from results import hardware, versions, write
+from results import command, hardware, versions, write
 from yardstick import seconds as yardstick
 
 from gcvit.explorer import checkpoint_script, explorer
@@ -282,7 +281,7 @@ def main():
         raise RuntimeError(f"The answers differ: {label} {probability} and {other} {share}.")
     summaries = {one: summarize(reports[one], loaded[one], files) for one in CONTESTANTS}
     result = {
-        "command": shlex.join(["python", "tools/reproduce/browser_speed.py", *sys.argv[1:]]),
+        "command": command(Path(__file__).name),
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
         "load_before_and_after": [load, [round(x, 2) for x in os.getloadavg()]],

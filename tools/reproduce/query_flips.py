@@ -19,8 +19,6 @@ import functools
 import hashlib
 import json
 import os
-import shlex
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -29,7 +27,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 import numpy as np
 import tensorflow as tf
 from keras import ops
-from results import hardware, versions, write
+from results import command, hardware, versions, write
 
 from gcvit import laboratory
 from gcvit.checks import pair
@@ -303,7 +301,7 @@ def main():
     files, labels = validation_files(given.folder, classifier.notes["wnids"])
     files, labels = files[: given.limit], labels[: given.limit]
     result = {
-        "command": shlex.join(["python", "tools/reproduce/query_flips.py", *sys.argv[1:]]),
+        "command": command(Path(__file__).name),
         "checkpoint": given.checkpoint.name,
         "sha256": hashlib.sha256(given.checkpoint.read_bytes()).hexdigest(),
         "image_px": classifier.image_size,
