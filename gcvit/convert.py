@@ -1,4 +1,4 @@
-"""Chapter 13: checkpoints from one implementation's names to another's."""
+"""Appendix B: checkpoints from one implementation's names to another's."""
 
 import dataclasses
 import json
