@@ -190,9 +190,9 @@ export function squeezeAndExcitation(net, name, x) {
     throw new Error(`Gates are "own", "place", "open" or "shut"; got ${way} for ${name}.`);
   }
   // Gates of each place see no other place: they are computed from its own channels.
+  const means = net.keep(`${name}.means`, way === "place" ? x : meanOverPlaces(x));
   const gates = dense(
-    gelu(dense(way === "place" ? x : meanOverPlaces(x),
-      net.weight(`${name}.fc.0.weight`, [hidden, channels]))),
+    gelu(dense(means, net.weight(`${name}.fc.0.weight`, [hidden, channels]))),
     net.weight(`${name}.fc.2.weight`, [channels, hidden]),
   );
   const sigmoid = (value) => 1 / (1 + Math.exp(-value));
