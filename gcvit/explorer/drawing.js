@@ -1,9 +1,12 @@
 /** Pieces of the page, and pictures on it. These functions know nothing of the model. */
 
-const written = (value) => (value < -1e8 ? "masked" : value.toFixed(3));
+/** Write a number with a minus sign that is as wide as a plus, and none before a zero. */
+const numbered = (value, digits) =>
+  value.toFixed(digits).replace(/^-(?=[0.]*[1-9])/, "−").replace("-", "");
+const written = (value) => (value < -1e8 ? "masked" : numbered(value, 3));
 const percent = (share) => `${(100 * share).toFixed(1)}%`;
-const signed = (value, text) => `${value < 0 ? "−" : "+"}${text}`;
-const points = (change) => signed(change, Math.abs(100 * change).toFixed(1));
+const signed = (value, digits) => numbered(value, digits).replace(/^(?=[0.]*[1-9])/, "+");
+const points = (change) => signed(100 * change, 1);
 const strongest = (values) => values.reduce((best, x, i) => (x > values[best] ? i : best), 0);
 
 function add(parent, name, text = "", properties = {}) {
@@ -125,17 +128,17 @@ function drawFrame(context, [row, column], [high, wide], color, thick, inset = 0
 }
 
 /** Add a small picture: a canvas with a caption that is also its label. */
-function addPicture(holder, canvas, caption, label = caption) {
+function addPicture(holder, canvas, caption) {
   const figure = add(holder, "figure");
   canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", label);
+  canvas.setAttribute("aria-label", caption);
   canvas.classList.add("small");
   figure.append(canvas);
   add(figure, "figcaption", caption);
   return figure;
 }
 
-/** Return a canvas of a photograph with a map over it: values as heat, or colors alone. */
+/** Return a canvas of a map, and its range: values as heat over the photograph, or colors. */
 function pictured(photo, map, colors, fromZero = false) {
   if (map.colors) {
     const canvas = canvasOf(map.colors, map.columns, map.rows);

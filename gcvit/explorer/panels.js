@@ -13,7 +13,7 @@ function effectOf({ made, ran }) {
   const changes = now.logits.map((logit, i) => logit - trained.logits[i]);
   const most = strongest(changes.map(Math.abs));
   if (!changes[most]) return "";
-  const change = (i) => `${made.classes[i]} ${signed(changes[i], Math.abs(changes[i]).toFixed(2))}`;
+  const change = (i) => `${made.classes[i]} ${signed(changes[i], 2)}`;
   const best = strongest(now.logits);
   const winner = best === first
     ? `${made.classes[first]} stays first`
@@ -101,7 +101,7 @@ function activationPanel(page) {
       const [canvas, numbers] = pictured(page.photo, map, page.colors, true);
       holder.replaceChildren();
       const caption = `what each place adds to ${name}`;
-      addPicture(holder, canvas, caption, caption + numbers);
+      addPicture(holder, canvas, caption + numbers);
       page.say(`Shown: ${caption}.`);
     },
   };
@@ -118,7 +118,7 @@ function looksPanel(page) {
       const [canvas, numbers] = pictured(page.photo, map, page.colors, true);
       const caption = `where the global query of level ${map.level + 1} looks, `
         + "averaged over its tokens and heads";
-      addPicture(holder, canvas, caption, caption + numbers);
+      addPicture(holder, canvas, caption + numbers);
     },
   };
 }
@@ -142,7 +142,7 @@ function mapPanel(page) {
   function show(holder, map, caption) {
     const [canvas, numbers] = pictured(page.photo, map, page.colors);
     const which = map.channel === undefined ? "" : `, channel ${map.channel}`;
-    addPicture(holder, canvas, caption + which, caption + which + numbers);
+    addPicture(holder, canvas, caption + which + numbers);
   }
 
   async function draw() {
@@ -171,8 +171,7 @@ function mapPanel(page) {
 function arithmeticPanel(page) {
   const [details, grid, table, sums] = [".arithmetic", ".cells", ".lines", ".sums"].map(page.find);
   const kinds = page.all(".kind input");
-  const [numbers, offset] = [(values) => [...values].map((x) => x.toFixed(2)), (from, to, names) =>
-    (to === from ? "" : `${Math.abs(to - from)} ${names[Number(to > from)]}`)];
+  const numbers = (values) => [...values].map((value) => numbered(value, 2));
   let cells, lit;
 
   const kind = () => kinds.findIndex((input) => input.checked);
@@ -181,11 +180,11 @@ function arithmeticPanel(page) {
   /** Say where a key lies, seen from the query. */
   function seenFrom(key) {
     const [from, to] = [places(cells.query), places(key)];
-    const parts = [
-      offset(from[0], to[0], ["up", "down"]),
-      offset(from[1], to[1], ["left", "right"]),
-    ];
-    return parts.filter(Boolean).join(", ") || "itself";
+    const [down, right] = [to[0] - from[0], to[1] - from[1]];
+    const parts = [];
+    if (down) parts.push(`${Math.abs(down)} ${down > 0 ? "down" : "up"}`);
+    if (right) parts.push(`${Math.abs(right)} ${right > 0 ? "right" : "left"}`);
+    return parts.join(", ") || "same place";
   }
 
   function drawGrid() {
@@ -226,7 +225,8 @@ function arithmeticPanel(page) {
   }
 
   /** Write out one key's line: its product with the query, its weight, and what it carries. */
-  function drawSums({ q, k, products, dot, scale, score, bias, exp, sum, weight, ...line }) {
+  function drawSums(line) {
+    const { q, k, products, dot, scale, score, bias, exp, sum, weight } = line;
     sums.replaceChildren();
     const product = add(sums, "table");
     add(product, "caption", `q · k: head ${cells.head}, query ${places(cells.query).join(", ")}, `
@@ -235,8 +235,7 @@ function arithmeticPanel(page) {
       addLine(product, name, numbers(values));
     }
     const from = bias < -1e8 ? "masked, another part of the window"
-      : `position bias ${written(bias)} (the key lies ${seenFrom(lit)}: row ${line.tableRow} of `
-        + "the table)";
+      : `position bias ${written(bias)} (${seenFrom(lit)}: row ${line.tableRow} of the table)`;
     add(sums, "p", `sum ${written(dot)} × scale ${written(scale)} = score ${written(score)}; `
       + `+ ${from}; softmax over the window: ${written(exp)} / ${written(sum)} = weight `
       + written(weight));
@@ -294,7 +293,7 @@ function arithmeticPanel(page) {
     event.stopPropagation();
     if (to[0] >= 0 && to[0] < h && to[1] >= 0 && to[1] < w) light(to[0] * w + to[1], true);
   });
-  for (const input of [...kinds]) input.addEventListener("change", () => page.inTurn(draw));
+  for (const input of kinds) input.addEventListener("change", () => page.inTurn(draw));
   details.addEventListener("toggle", () => page.inTurn(draw));
   return {
     token: draw,
