@@ -198,10 +198,10 @@ function arithmeticPanel(page) {
       for (let j = 0; j < w; j++) {
         const key = i * w + j;
         const [red, green, blue] = bytes.subarray(3 * key, 3 * key + 3);
-        const cell = add(row, "div", w > 8 ? "" : weights[key].toFixed(2), { tabIndex: -1 });
+        const weight = numbered(weights[key], 2);
+        const cell = add(row, "div", w > 8 ? "" : weight, { tabIndex: -1 });
         cell.setAttribute("role", "gridcell");
-        cell.setAttribute("aria-label",
-          `row ${i}, column ${j}: weight ${written(weights[key])}`);
+        cell.setAttribute("aria-label", `row ${i}, column ${j}: weight ${weight}`);
         cell.style.background = `rgb(${red}, ${green}, ${blue})`;
         cell.style.color = 0.3 * red + 0.59 * green + 0.11 * blue > 120 ? "#000" : "#fff";
         cell.classList.toggle("query", key === cells.query);
@@ -293,7 +293,10 @@ function arithmeticPanel(page) {
     event.stopPropagation();
     if (to[0] >= 0 && to[0] < h && to[1] >= 0 && to[1] < w) light(to[0] * w + to[1], true);
   });
-  for (const input of kinds) input.addEventListener("change", () => page.inTurn(draw));
+  for (const input of kinds) {
+    input.name += `-${page.group}`; // two explorers on one page must not share it
+    input.addEventListener("change", () => page.inTurn(draw));
+  }
   details.addEventListener("toggle", () => page.inTurn(draw));
   return {
     token: draw,
