@@ -218,8 +218,9 @@ def test_the_arithmetic_of_any_cell_is_that_of_keras(open_page, run_here, small,
     layer = model.levels[1].blocks[block]
     tokens, _ = layer.windows(layer.norm1(maps[block]))
     given = (q_global,) if kind == "global" else ()
-    q, k, v = (ops.convert_to_numpy(x)[:, 1] for x in layer.attn.query_key_value(tokens, *given))
-    q, k, v = q[-1 if kind == "global" else 1], k[1], v[1]  # of one head, in the window
+    # (image, windows, heads, tokens, channels); a global query has one window.
+    q, k, v = (ops.convert_to_numpy(x)[0] for x in layer.attn.query_key_value(tokens, *given))
+    q, k, v = q[1 - block, 1], k[1, 1], v[1, 1]
     weights = explain.attention_weights(model, images, 1, block)[0][0, 1, 1, query]
     bias = ops.convert_to_numpy(layer.attn.relative_position_bias())[1, query]
 
@@ -273,7 +274,7 @@ def test_the_arithmetic_of_a_gate_is_that_of_keras(open_page, run_here, small):
         arg=f"= gate {wanted:.3f}.",
     )
     products = page.eval_on_selector_all(
-        ".gate-sums tr:not(:first-child)", "x => x.map(y => y.lastChild.textContent)"
+        ".gate-sums tr:has(td)", "x => x.map(y => y.lastChild.textContent)"
     )
     total = float(np.log(wanted / (1 - wanted)))
     assert abs(sum(numbers_of(products)) - total) < 1e-3 * (1 + len(products))

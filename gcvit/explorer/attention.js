@@ -50,7 +50,8 @@ function attentionPanel(page) {
         + `${column % w} attends most to row ${Math.floor(best / columns)}, column `
         + `${best % columns}, weight ${written(looked.global[best])}.`);
     }
-    who.setAttribute("aria-label", `The photograph, with the token at row ${row}, column ${column}.`);
+    who.setAttribute("aria-label",
+      `The photograph, with the token at row ${row}, column ${column}.`);
     page.all(".scale span").forEach((place, i) => {
       place.textContent = tops[i] === undefined ? "" : written(tops[i]);
     });

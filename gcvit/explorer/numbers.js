@@ -12,8 +12,9 @@ function lengths({ shape: [rows, columns, channels], data }) {
 
 /** One channel of a map; a map with fewer channels begins anew. */
 function channelOf({ shape: [rows, columns, channels], data }, channel) {
-  const values = Float32Array.from(range(rows * columns), (i) => data[i * channels + (channel % channels)]);
-  return { rows, columns, values, channel: channel % channels };
+  const start = channel % channels;
+  const values = Float32Array.from(range(rows * columns), (i) => data[i * channels + start]);
+  return { rows, columns, values, channel: start };
 }
 
 const dot = (one, other) => one.reduce((sum, value, i) => sum + value * other[i], 0);
@@ -95,16 +96,18 @@ Object.assign(questions, {
     const chosen = head < 0 ? shares.indexOf(Math.max(...shares)) : head;
     const v = result.tensors[`${layer.name}.attn.v`];
     const [, , tokens, share] = v.shape;
-    const rows = relativePositionIndex(layer.window);
+    const tableRows = relativePositionIndex(layer.window).slice(query * tokens);
     const lines = range(tokens).map((key) => {
       const start = ((at * layer.heads + chosen) * tokens + key) * share;
       const line = explainWeight(model, result.tensors, layer.name, {
         window: at, head: chosen, query, key,
       });
       const value = v.data.slice(start, start + share);
-      return { ...line, value, weighted: value.map((x) => x * line.weight), tableRow: rows[query * tokens + key] };
+      const weighted = value.map((x) => x * line.weight);
+      return { ...line, value, weighted, tableRow: tableRows[key] };
     });
-    const mixed = range(share).map((d) => lines.reduce((sum, { weighted }) => sum + weighted[d], 0));
+    const mixed = range(share).map((d) =>
+      lines.reduce((sum, { weighted }) => sum + weighted[d], 0));
     return { head: chosen, strongest, query, lines, mixed };
   },
 
@@ -142,6 +145,6 @@ Object.assign(questions, {
       return range(tokens).map((key) => rows.reduce((sum, row) => sum + row[key] / tokens, 0));
     };
     const { rows, columns } = layer;
-    return { level: single, block: Number(layer.name.split(".").at(-1)), rows, columns, values: onMap(layer, average) };
+    return { level: single, rows, columns, values: onMap(layer, average) };
   },
 });

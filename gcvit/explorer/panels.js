@@ -18,7 +18,8 @@ function effectOf({ made, ran }) {
   const winner = best === first
     ? `${made.classes[first]} stays first`
     : `${made.classes[best]} wins; as trained, ${made.classes[first]} does`;
-  return `${winner}. Largest change of a logit: ${change(most)}; the first class: ${change(first)}.`;
+  return `${winner}. Largest change of a logit: ${change(most)}; `
+    + `the first class: ${change(first)}.`;
 }
 
 function answerPanel(page) {
@@ -323,55 +324,58 @@ function gatePanel(page) {
     ".gates", ".gate-arithmetic", "select.gate-of", "input.gate-channel", ".gate-sums",
   ].map(page.find);
 
-  function showStrip({ name, values, places, channels }) {
-    const [least, most] = [Math.min(...values), Math.max(...values)];
+  function showStrip({ name, places, least, most, means }) {
     const text = `${placeOf(name)}: ${written(least)} to ${written(most)}`
-      + `${places ? ", in each place" : ""}`;
-    const strip = heatmap({ rows: 1, columns: values.length, values }, page.colors, 0, 1);
+      + `${places ? "; shown are means over the places" : ""}`;
+    const map = { rows: 1, columns: means.length, values: means };
+    const strip = heatmap(map, page.colors, 0, 1);
     strip.classList.add("gate");
     addPicture(strips, strip, text);
     strip.addEventListener("click", ({ offsetX }) => {
       which.value = name;
-      channel.value = Math.floor((offsetX / strip.clientWidth) * values.length) % channels;
+      channel.value = Math.floor((offsetX / strip.clientWidth) * means.length);
       details.open = true;
       page.inTurn(draw);
     });
   }
 
-  async function draw() {
-    if (!details.open || !page.ran) return;
-    const gate = page.ran.gates.find(({ name }) => name === which.value);
-    channel.max = gate.channels - 1;
-    const number = Math.min(Math.max(0, Math.floor(Number(channel.value))), gate.channels - 1);
-    const { x, y } = page.state;
-    const sums = await page.ask("gate", { layer: gate.name, channel: number, place: [y, x] });
+  const barOf = (values) => {
+    const least = Math.min(...values);
+    const bar = heatmap({ rows: 1, columns: values.length, values }, page.colors, least);
+    bar.classList.add("gate");
+    return bar;
+  };
+
+  /** Write out the two dense layers behind the gate of a channel. */
+  function write({ averages, sums, hidden, weights, products, sum, computed, used }, gate, number) {
     holder.replaceChildren();
     const from = gate.places ? "the channels at the token's place" : "the channels' averages";
-    addPicture(holder, barOf(sums.averages), `1. Squeeze: ${from}, ${sums.averages.length} numbers, `
-      + `from ${written(Math.min(...sums.averages))} to ${written(Math.max(...sums.averages))}`);
+    addPicture(holder, barOf(averages), `1. Squeeze: ${from}, ${averages.length} numbers, from `
+      + `${written(Math.min(...averages))} to ${written(Math.max(...averages))}`);
     const table = add(holder, "table");
-    add(table, "caption", `2. Excitation: ${sums.hidden.length} hidden units; weights of channel `
-      + number);
+    add(table, "caption",
+      `2. Excitation: ${hidden.length} hidden units; weights of channel ${number}`);
     const head = add(table, "tr");
     for (const name of ["unit", "averages · weights", "GELU", "× weight", "product"]) {
       add(head, "th", name, { scope: "col" });
     }
-    sums.hidden.forEach((value, i) => addLine(table, i, [
-      sums.sums[i], value, sums.weights[i], sums.products[i]].map(written)));
-    const switched = Math.abs(sums.used - sums.computed) > 1e-4
-      ? `; the switch puts ${written(sums.used)} in its place` : "";
-    add(holder, "p", `3. Sum of the products ${written(sum(sums))}; sigmoid: 1 / (1 + exp(`
-      + `${written(-sum(sums))})) = gate ${written(sums.computed)}${switched}. Channel ${number} of `
-      + "the map is multiplied with it.");
+    hidden.forEach((value, i) =>
+      addLine(table, i, [sums[i], value, weights[i], products[i]].map(written)));
+    const switched = Math.abs(used - computed) > 1e-4
+      ? `; the switch puts ${written(used)} in its place` : "";
+    add(holder, "p", `3. Sum of the products ${written(sum)}; sigmoid: 1 / (1 + exp(`
+      + `${written(-sum)})) = gate ${written(computed)}${switched}. Channel ${number} of the map `
+      + "is multiplied with it.");
   }
 
-  const sum = ({ sum: total }) => total;
-  const barOf = (values) => {
-    const bar = heatmap({ rows: 1, columns: values.length, values }, page.colors,
-      Math.min(...values));
-    bar.classList.add("gate");
-    return bar;
-  };
+  async function draw() {
+    if (!details.open || !page.ran) return;
+    const gate = page.ran.gates.find(({ name }) => name === which.value);
+    channel.max = gate.means.length - 1;
+    const number = Math.min(Math.max(0, Math.floor(Number(channel.value))), channel.max);
+    const place = [page.state.y, page.state.x];
+    write(await page.ask("gate", { layer: gate.name, channel: number, place }), gate, number);
+  }
 
   for (const control of [which, channel]) {
     control.addEventListener("input", () => page.inTurn(draw, "gate"));

@@ -24,7 +24,8 @@ function switchPanel(page) {
   const form = page.find(".switches");
   const [question, options, verdict, predict] = [".question", ".outcomes", ".verdict", ".predict"]
     .map(page.find);
-  const field = Object.fromEntries([...form.elements].filter((x) => x.name).map((x) => [x.name, x]));
+  const named = [...form.elements].filter((control) => control.name);
+  const field = Object.fromEntries(named.map((control) => [control.name, control]));
   const score = { right: 0, all: 0 };
   let setting, thrownBy;
 

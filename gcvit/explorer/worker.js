@@ -89,7 +89,7 @@ const questions = {
     if (!next.imageSize) throw new Error("Its header does not say how large its images are.");
     if (!next.laidOut.has("head.weight")) throw new Error("It has no head, so it names no class.");
     if (channels !== 1 && channels !== 3) {
-      throw new Error(`It takes images of ${channels} channels; a photograph gives 3, or 1 of gray.`);
+      throw new Error(`It takes images of ${channels} channels; a photograph has 3, or 1 of gray.`);
     }
     const again = source && asTaken(source, next);
     [model, photo, result, trained, otherQueries] = [next, again];
@@ -125,8 +125,11 @@ const questions = {
       trained: { logits: trained.logits, probabilities: trained.probabilities },
       levels: model.config.depths.map((_, i) => layerOf(i, 0)),
       gates: gates.map((name) => {
-        const { shape, data } = result.tensors[name];
-        return { name, values: data, places: shape.length > 1, channels: shape.at(-1) };
+        const values = result.tensors[name];
+        const [least, most] = ["min", "max"].map((which) =>
+          values.data.reduce((one, other) => Math[which](one, other)));
+        const places = values.shape.length > 1;
+        return { name, places, least, most, means: meanOverPlaces(values).data };
       }),
       hasOther: Boolean(otherQueries),
       computed: new Set([...first, ...now.computed]).size,
