@@ -132,6 +132,9 @@ def test_notebook_reads_well_outside_the_book_too(path):
             solved = {"solution", "exercise"} & set(cell.metadata.get("tags", []))
             assert solved or drawn.get("image", {}).get("alt"), cell.source[:80]
             assert solved or drawn.get("figure", {}).get("caption"), cell.source[:80]
+            chapter = path.stem.partition("-")[0]
+            name = drawn.get("figure", {}).get("name", f"fig-{chapter}-")
+            assert name.startswith(f"fig-{chapter}-"), name
 
 
 def test_citations_stand_in_the_bibliography():

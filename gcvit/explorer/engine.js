@@ -190,9 +190,9 @@ export function squeezeAndExcitation(net, name, x) {
     throw new Error(`Gates are "own", "place", "open" or "shut"; got ${way} for ${name}.`);
   }
   // Gates of each place see no other place: they are computed from its own channels.
+  const means = net.keep(`${name}.means`, way === "place" ? x : meanOverPlaces(x));
   const gates = dense(
-    gelu(dense(way === "place" ? x : meanOverPlaces(x),
-      net.weight(`${name}.fc.0.weight`, [hidden, channels]))),
+    gelu(dense(means, net.weight(`${name}.fc.0.weight`, [hidden, channels]))),
     net.weight(`${name}.fc.2.weight`, [channels, hidden]),
   );
   const sigmoid = (value) => 1 / (1 + Math.exp(-value));
@@ -769,15 +769,16 @@ export function explainWeight(model, tensors, name, { window, head, query, key }
 
 /** Read two bytes for each number, whose bits `widen` puts where a float32 has them. */
 function readHalf(buffer, widen) {
-  const halves = new Uint16Array(buffer);
+  const halves = new Uint16Array(buffer, 0, Math.floor(buffer.byteLength / 2));
   const data = new Float32Array(halves.length);
   const bits = new Uint32Array(data.buffer);
   for (let i = 0; i < bits.length; i++) bits[i] = widen(halves[i]);
   return data;
 }
 
+// A file that was cut off may end within a number, which is left out.
 const READERS = {
-  F32: (buffer) => new Float32Array(buffer),
+  F32: (buffer) => new Float32Array(buffer, 0, Math.floor(buffer.byteLength / 4)),
   // The upper half of a float32.
   BF16: (buffer) => readHalf(buffer, (bits) => bits << 16),
   // Three bits fewer for the exponent, which counts from 15 and not from 127. What is not
