@@ -150,7 +150,7 @@ class PretrainedModel(keras.Model):
     def _layer_states(self):
         """Return what was done to layers after they were made, {attribute path: what}."""
         states = {}
-        for path, _, layer in checkpoints.sublayers(self):
+        for path, layer in self._parts():
             state = {}
             if getattr(layer, "lora_enabled", False):
                 state["lora"] = [layer.lora_rank, layer.lora_alpha]
@@ -163,10 +163,16 @@ class PretrainedModel(keras.Model):
                 states[path] = state
         return states
 
+    def _parts(self):
+        """Yield the model and each layer that can hold weights, with its path, parents first."""
+        yield "", self
+        for path, _, layer in checkpoints.sublayers(self):
+            yield path, layer
+
     def build_from_config(self, config):
         self.build(config["input_shape"])
         states = config.get("layers", {})
-        for path, _, layer in checkpoints.sublayers(self):
+        for path, layer in self._parts():
             state = states.get(path, {})
             if "lora" in state:
                 layer.enable_lora(state["lora"][0], lora_alpha=state["lora"][1])
@@ -176,7 +182,7 @@ class PretrainedModel(keras.Model):
             layer.trainable = "frozen" not in state
 
     def save(self, filepath, *args, **kwargs):
-        """Write the model: see `keras.Model.save`.
+        """Write the model: see `keras.Model.save`. The file is replaced when the new one is whole.
 
         Frozen layers, LoRA adapters (merged, and started anew), quantized layers and the
         optimizer's state are in the file too.
@@ -189,16 +195,18 @@ class PretrainedModel(keras.Model):
                 f"A GCViT is saved as .keras, or its weights as .weights.h5; got {filepath}, the "
                 "old form that keeps no class of one's own."
             )
-        super().save(filepath, *args, **kwargs)
+        with _whole(filepath, *args, **kwargs) as target:
+            super().save(target, *args, **kwargs)
 
     def save_weights(self, filepath, *args, **kwargs):
-        """Write the weights: see `keras.Model.save_weights`. LoRA adapters are merged.
+        """Write the weights, whole: see `keras.Model.save_weights`. LoRA adapters are merged.
 
         Raises:
             gcvit.CheckpointError: for a quantized model, before anything is written.
         """
         checkpoints.weight_specs(self)
-        super().save_weights(filepath, *args, **kwargs)
+        with _whole(filepath, *args, **kwargs) as target:
+            super().save_weights(target, *args, **kwargs)
 
     def quantize(self, mode="int8", config=None, filters=None, type_check=False):
         """Quantize the dense layers to eight bits: see `keras.Model.quantize`.
@@ -307,6 +315,13 @@ class PretrainedModel(keras.Model):
         if format == "litert" and keras.backend.backend() == "tensorflow":
             return _export_litert(self, super().export, filepath, **given)
         return super().export(filepath, format=format, **given)
+
+
+def _whole(path, overwrite=True, *_, zipped=True, **__):
+    """Return `weights.replacing` for a file that Keras would write in place, where it can be."""
+    if not overwrite or zipped is False or "://" in os.fspath(path):
+        return contextlib.nullcontext(path)
+    return checkpoints.replacing(path)
 
 
 def _export_onnx(model, filepath, **kwargs):

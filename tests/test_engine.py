@@ -269,6 +269,7 @@ def intermediates(model, image):
         original = SqueezeAndExcitation.gates
 
         def recorded(layer, x):
+            gates[f"{layers[id(layer)]}.means"] = ops.mean(x, axis=(1, 2), keepdims=True)
             gates[f"{layers[id(layer)]}.gates"] = result = original(layer, x)
             return result
 

@@ -387,9 +387,9 @@ def test_a_run_in_the_photographs_own_folder_can_be_run_again(tmp_path, monkeypa
     done = run_there(photos, f"train . {QUICK}", PYTHONIOENCODING="cp1252")
     assert done.returncode == 0, done.stderr[-2000:]
     assert rb"\u82b1" in done.stdout and b"starts from random weights." in done.stdout
-    (photos / "ph.safetensors.backup").mkdir()
-    (photos / "ph.safetensors.backup" / "run.part").write_bytes(b"PK")
-    (photos / "ph.safetensors.123.part").write_bytes(b"x")
+    for left in (".x.part", "ph.safetensors.backup/.x.part"):  # by a run that was killed
+        (photos / left).mkdir(parents=True)
+        (photos / left / "run.npz").write_bytes(b"PK")
     again = f"train . {QUICK} --weights ph.safetensors --out m.safetensors"
     done = run_there(photos, again)
     assert done.returncode == 0, done.stderr[-2000:]

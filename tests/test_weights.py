@@ -19,7 +19,7 @@ from conftest import (
     write_safetensors,
 )
 
-from gcvit import PRESETS, CheckpointError, GCViT, load_checkpoint
+from gcvit import PRESETS, CheckpointError, GCViT, load_checkpoint, readers
 from gcvit.readers import training_notes
 from gcvit.weights import PACKAGED, save_safetensors, sublayers, weight_specs
 
@@ -227,11 +227,13 @@ def test_a_path_is_taken_for_weights(official_file):
 def test_half_precision_file_is_half_the_size(tmp_path):
     model = small_model()
     for dtype in ("float32", "float16"):
-        save_safetensors(model, tmp_path / dtype, dtype=dtype, metadata={"made": "here"})
-    sizes = [os.path.getsize(tmp_path / dtype) for dtype in ("float16", "float32")]
+        save_safetensors(
+            model, tmp_path / f"{dtype}.safetensors", dtype=dtype, metadata={"made": "here"}
+        )
+    sizes = [os.path.getsize(tmp_path / f"{each}.safetensors") for each in ("float16", "float32")]
     assert sizes[0] < 0.6 * sizes[1]
-    assert training_notes(tmp_path / "float16") == {"made": "here"}
-    assert sorted(os.listdir(tmp_path)) == ["float16", "float32"]
+    assert training_notes(tmp_path / "float16.safetensors") == {"made": "here"}
+    assert sorted(os.listdir(tmp_path)) == ["float16.safetensors", "float32.safetensors"]
 
 
 def test_shipped_checkpoint_is_the_one_that_the_preset_names():
@@ -350,11 +352,19 @@ def test_bfloat16_is_read(tmp_path, tiny_state, other):
     assert has_state(other, {name: value.astype("float32") for name, value in half.items()})
 
 
-@pytest.mark.parametrize("container", ["state_dict", "model", "state_dict_ema", "model_ema"])
+@pytest.mark.parametrize("container", readers._CONTAINERS)
 def test_containers_of_training_scripts_are_known(container, tmp_path, tiny_state, other):
     torch = pytest.importorskip("torch")
     state = {f"module.{n}": torch.from_numpy(v) for n, v in tiny_state.items()}
     torch.save({"epoch": 3, "optimizer": {"lr": 0.1}, container: state}, tmp_path / "m.pth")
+    load_checkpoint(other, tmp_path / "m.pth")
+    assert has_state(other, tiny_state)
+
+
+def test_the_count_beside_averaged_weights_is_no_weight(tmp_path, tiny_state, other):
+    torch = pytest.importorskip("torch")
+    state = {f"module.{n}": torch.from_numpy(v) for n, v in tiny_state.items()}
+    torch.save({"n_averaged": torch.tensor(7), **state}, tmp_path / "m.pth")
     load_checkpoint(other, tmp_path / "m.pth")
     assert has_state(other, tiny_state)
 

@@ -190,8 +190,8 @@ function meanOverPlaces(x) {
 function squeezeAndExcitation(net, name, x) {
   const channels = x.shape[2], way = net.switch("gates", name);
   // Gates of each place see no other place: they are computed from its own channels.
-  const squeezed = way === "place" ? x : meanOverPlaces(x);
-  const hidden = dense(net, `${name}.fc.0`, squeezed, Math.floor(channels / 4), { bias: false });
+  const means = net.keep(`${name}.means`, way === "place" ? x : meanOverPlaces(x));
+  const hidden = dense(net, `${name}.fc.0`, means, Math.floor(channels / 4), { bias: false });
   const gates = dense(net, `${name}.fc.2`, gelu(hidden), channels, { bias: false });
   const fixed = { open: 1, shut: 0 }[way];
   gates.data = gates.data.map((value) => fixed ?? 1 / (1 + Math.exp(-value)));

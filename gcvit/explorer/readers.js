@@ -2,15 +2,16 @@
 
 /** Read two bytes for each number, whose bits `widen` puts where a float32 has them. */
 function readHalf(buffer, widen) {
-  const halves = new Uint16Array(buffer);
+  const halves = new Uint16Array(buffer, 0, Math.floor(buffer.byteLength / 2));
   const data = new Float32Array(halves.length);
   const bits = new Uint32Array(data.buffer);
   for (let i = 0; i < bits.length; i++) bits[i] = widen(halves[i]);
   return data;
 }
 
+// A file that was cut off may end within a number, which is left out.
 const READERS = {
-  F32: (buffer) => new Float32Array(buffer),
+  F32: (buffer) => new Float32Array(buffer, 0, Math.floor(buffer.byteLength / 4)),
   // The upper half of a float32.
   BF16: (buffer) => readHalf(buffer, (bits) => bits << 16),
   // Three bits fewer for the exponent, which counts from 15 and not from 127. What is not

@@ -3,7 +3,6 @@
 import collections.abc
 import dataclasses
 import json
-import os
 import re
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from gcvit.fast import device_kinds
+from gcvit.weights import replacing
 
 
 def accelerator():
@@ -214,12 +214,8 @@ def assign(variables, values):
 def write_whole(file, **arrays):
     """Write arrays as `.npz`; the file is whole or the one before, never a part."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".part")
-    with open(unfinished, "wb") as stream:
+    with replacing(file) as unfinished, open(unfinished, "wb") as stream:
         np.savez(stream, **arrays)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(unfinished, file)
 
 
 @dataclasses.dataclass
@@ -323,6 +319,8 @@ def check_batch(model, images, labels):
         labels: array (batch,) of integers, or one-hot (batch, classes).
     """
     largest = np.abs(images).max()
+    if not np.isfinite(largest):
+        raise ValueError("Some numbers of the images are not finite: look for NaN in the data.")
     if largest > 20:  # normalized ones stay below 3
         raise ValueError(
             f"The images are not normalized: their numbers go up to {largest:g}. Pass "

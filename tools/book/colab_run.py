@@ -8,10 +8,17 @@ of the environment that runs this script are the host's, all but this one; no pa
 theirs may be replaced; there is no accelerator. What is not: `pip install git+https://…`
 runs as it is written, but git is told to find that address in a snapshot of this folder, and
 pip to fetch nothing else, unless `--index` lets it.
+
+`colab-YEAR-MONTH.txt` beside this file has the versions that Colab had when the chapters last
+passed: `make test-colab` makes an environment of them. In any other, such as Colab's own image
+of this week, the differences are named, because a failure is likely to be theirs.
 """
 
 import argparse
+import importlib.metadata
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "https://github.com/gcvit-book/gcvit-book"
 NOT_SOURCE = shutil.ignore_patterns(".*", "_build", "build", "dist", "__pycache__", "*.egg-info")
 OURS = ("gcvit", "__editable__")
+(LAST_PASSED,) = Path(__file__).parent.glob("colab-*.txt")
 TIMEOUT = 900
 """Seconds that a cell may take."""
 
@@ -85,8 +93,8 @@ def new_runtime(folder, *packages):
 
 def environment(folder, source, index):
     """Return the variables of a runtime: its own home, no accelerator, the snapshot for GitHub."""
-    kept = ("PATH", "LANG", "LC_ALL", "SSL_CERT_FILE", "PIP_INDEX_URL", "PIP_CONFIG_FILE")
-    env = {name: os.environ[name] for name in kept if name in os.environ}
+    passed_on = ("PATH", "LANG", "LC_ALL", "SSL_CERT_FILE", "PIP_INDEX_URL", "PIP_CONFIG_FILE")
+    env = {n: os.environ[n] for n in (*passed_on, "GCVIT_RUN") if n in os.environ}
     env |= {
         "HOME": str(folder),
         "CUDA_VISIBLE_DEVICES": "-1",
@@ -110,6 +118,28 @@ def replaced_packages(site, host):
         return {info.name.split("-")[0].lower().replace(".", "_") for info in infos}
 
     return sorted(names(site) & names(host))
+
+
+def version_differences(wanted, present):
+    """Yield what stands in the place of each version that is not as wanted.
+
+    Args:
+        wanted: the text of a file of requirements, `name==version` a line, whose first line
+            is "# Python" and a version to the second place.
+        present: {normalized name: version} of what is there, "python" included.
+    """
+    pins = re.findall(r"^# (Python) (\S+)$|^([\w-]+)==(\S+)$", wanted, re.M)
+    for python, release, name, version in pins:
+        there = present.get((python or name).lower(), "none")
+        if there != version and not (python and there.startswith(f"{release}.")):
+            yield f"{python or name} {there} for {release or version}"
+
+
+def host_versions():
+    """Return {normalized name: version} of the packages of this environment, and of Python."""
+    distributions = importlib.metadata.distributions()
+    named = {re.sub(r"[-_.]+", "-", d.name).lower(): d.version for d in distributions}
+    return {"python": platform.python_version(), **named}
 
 
 def run_notebook(path, source, host, colab, index):
@@ -165,8 +195,13 @@ def main():
             results = pool.map(lambda path: run_notebook(path, *given), notebooks)
             for path, (seconds, failed) in zip(notebooks, results, strict=True):
                 failures += failed is not None
-                said = f"failed in {failed}" if failed else "passed"
-                print(f"{path.name}: {said} ({seconds:.0f} s)", flush=True)
+                outcome = f"failed in {failed}" if failed else "passed"
+                print(f"{path.name}: {outcome} ({seconds:.0f} s)", flush=True)
+    differences = list(version_differences(LAST_PASSED.read_text("utf-8"), host_versions()))
+    if differences:
+        print(f"Other versions than {LAST_PASSED.name}: {', '.join(differences)}")
+    else:
+        print(f"The host's versions are those of {LAST_PASSED.name}.")
     sys.exit(bool(failures))
 
 

@@ -84,7 +84,11 @@ async function engine() {
   const run = (chosen = {}) => ask("run", { switches: { query: "own", ...chosen } });
   return {
     take: (seed) => ask("photograph", { pixels: pixelsOf(seed), height: SIDE, width: SIDE }),
-    run: async () => (({ label, probability }) => [label, probability])((await run()).answers[0]),
+    run: async () => {
+      const { probabilities } = (await run()).now;
+      const most = Math.max(...probabilities);
+      return [probabilities.indexOf(most), most];
+    },
     more: async () => {
       const report = { look: await repeated((i) => timed(() => ask("attention",
         { level: i % 2, row: i, column: 2 * i, blocks: [0, 1], heads: [i % 2 - 1, 0] }))) };
@@ -160,9 +164,9 @@ def files_to_serve(checkpoint, side):
     page = PAGE.replace("{{ side }}", str(side))
     page = page.replace("{{ normalization }}", json.dumps(normalization))
     folder = Path(explorer.__file__).parent
-    scripts = [(folder / name).read_text("utf-8") for name in explorer.MODULES]
+    scripts = [(folder / name).read_text("utf-8") for name in explorer.WORKER]
     files["page.html"] = page.encode()
-    files["worker"] = "".join(map(explorer.as_plain_script, scripts)).encode()
+    files["worker"] = explorer.as_plain_script("\n".join(scripts)).encode()
     files["checkpoint"] = checkpoint_script(checkpoint).encode()
     return {
         f"/{name}": (TYPES.get(Path(name).suffix, "text/plain"), gzip.compress(content))

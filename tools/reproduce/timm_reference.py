@@ -1,34 +1,35 @@
-"""Run every variant through timm as well, and write down how far the numbers are apart.
+"""Run every variant through timm as well, and write down how far each backend's logits are apart.
 
-    python tools/reproduce/timm_reference.py
+    KERAS_BACKEND=torch python tools/reproduce/timm_reference.py --timm   # needs timm
+    KERAS_BACKEND=tensorflow python tools/reproduce/timm_reference.py
+    KERAS_BACKEND=jax python tools/reproduce/timm_reference.py
+    KERAS_BACKEND=torch python tools/reproduce/timm_reference.py
 
-Needs timm and PyTorch. Writes gcvit/results/timm.json: for gcvit_nano, what timm computes
-from the checkpoint that ships, so that chapter 13 can compare without timm; for each preset,
-the largest difference between the logits, with random weights that let every part of the
-model show in them.
+Each preset gets random weights that let every part of the model show in the logits, the same
+in every run. The first run keeps timm's logits in gcvit/results/timm.npz, so that a backend is
+compared where timm is not installed; and, for the checkpoint that ships, the logits and a piece
+of each stage, for chapter 13. The others write what they measure to gcvit/results/timm.json,
+which the README's table is made of (`make format`).
 """
 
 import argparse
 import functools
 import json
-import os
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("KERAS_BACKEND", "torch")  # beside TensorFlow, PyTorch's triton crashes
-
 import keras
 import numpy as np
-import torch
-from results import versions
-from safetensors.torch import load_file
+import results
+from keras import ops
 from torchvision_stand_in import import_timm
 
 from gcvit import PRESETS, GCViT, explain
 from gcvit.images import normalize
 from gcvit.weights import save_safetensors, weight_specs
 
-RESULTS = Path(__file__).resolve().parents[2] / "gcvit" / "results" / "timm.json"
+RESULTS = Path(__file__).resolve().parents[2] / "gcvit" / "results"
+SHIPPED = "gcvit_nano"
 
 
 def randomize(model, seed):
@@ -49,8 +50,18 @@ def randomize(model, seed):
         spec.variable.assign(values.astype("float32"))
 
 
+def model_and_image(name, weights=None):
+    """Return a preset's model, with random weights unless some are named, and a photograph."""
+    model = GCViT.from_preset(name, weights, head_activation=None)
+    if weights is None:
+        randomize(model, seed=0)
+    return model, normalize(explain.photograph(PRESETS[name]["image_size"]))[None]
+
+
 def in_timm(model, image_size):
     """Return timm's model of the same sizes, with the same weights."""
+    from safetensors.torch import load_file
+
     # timm rounds the hidden units of squeeze-and-excite up to a multiple of eight, which
     # changes no published variant, but gcvit_nano.
     timm = import_timm()
@@ -76,57 +87,83 @@ def in_timm(model, image_size):
     return twin.eval()
 
 
-def logits_of_both(model, image_size):
-    """Return (ours, timm's) logits for the photograph, and timm's maps of the stages."""
-    images = normalize(explain.photograph(image_size))[None].astype("float32")
-    twin = in_timm(model, image_size)
+def timm_outputs(name, weights=None):
+    """Return timm's logits for a preset's photograph, and its maps of the stages."""
+    import torch
+
+    model, images = model_and_image(name, weights)
+    twin, maps = in_timm(model, images.shape[1]), []
+    for stage in twin.stages:
+        stage.register_forward_hook(lambda *a: maps.append(a[2].permute(0, 2, 3, 1).numpy()))
     with torch.no_grad():
-        x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-        maps = []
-        handles = [s.register_forward_hook(lambda *a: maps.append(a[2])) for s in twin.stages]
-        theirs = twin(x).numpy()
-        for handle in handles:
-            handle.remove()
-    ours = keras.ops.convert_to_numpy(model(images))
-    return ours, theirs, [m.permute(0, 2, 3, 1).numpy() for m in maps]
+        logits = twin(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+    return logits[0], maps
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", action="append", choices=list(PRESETS), help="default: all")
-    arguments = parser.parse_args()
-    results = {
-        "command": "python tools/reproduce/timm_reference.py",
-        "versions": versions(("timm", "torch", "keras")),
-        "backend": keras.backend.backend(),
-        "variants": {},
-    }
-    model = GCViT.from_preset("gcvit_nano", "flowers", head_activation=None)
-    ours, theirs, maps = logits_of_both(model, 128)
-    results["gcvit_nano"] = {
-        "image": "skimage.data.chelsea(), gcvit.explain.photograph(128)",
-        "logits": theirs[0].astype(float).tolist(),
+def shipped_outputs():
+    """Return what timm computes from the checkpoint that ships, for chapter 13."""
+    weights = next(iter(PRESETS[SHIPPED]["weights"]))
+    logits, maps = timm_outputs(SHIPPED, weights)
+    size = PRESETS[SHIPPED]["image_size"]
+    return {
+        "weights": weights,
+        "image": f"skimage.data.chelsea(), gcvit.explain.photograph({size})",
+        "logits": logits.astype(float).tolist(),
         # The values of the token in the middle, which is less than the map and tells as much.
         "middle": {
             f"stage_{i}": m[0, m.shape[1] // 2, m.shape[2] // 2].astype(float).tolist()
             for i, m in enumerate(maps)
         },
     }
-    print(f"gcvit_nano, trained: {np.abs(ours - theirs).max():.1e}", flush=True)
-    for name in arguments.preset or PRESETS:
-        preset = PRESETS[name]
-        model = GCViT.from_preset(name, weights=None, head_activation=None)
-        randomize(model, seed=0)
-        ours, theirs, _ = logits_of_both(model, preset["image_size"])
-        results["variants"][name] = {
-            "image_size": preset["image_size"],
-            "mean_logit": float(np.abs(theirs).mean()),
-            "largest_difference": float(np.abs(ours - theirs).max()),
-        }
-        print(name, results["variants"][name], flush=True)
-        del model
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def run_timm(names):
+    """Compute timm's logits; keep those of other presets where the same versions made them."""
+    record = {"hardware": results.hardware(), "versions": results.versions(("timm", "torch"))}
+    written = {"timm": record, SHIPPED: shipped_outputs(), "backends": {}}
+    logits, json_file, logits_file = {}, RESULTS / "timm.json", RESULTS / "timm.npz"
+    if logits_file.exists():
+        before = json.loads(json_file.read_text(encoding="utf-8"))
+        if before["timm"] == record:
+            written["backends"], logits = before["backends"], dict(np.load(logits_file))
+    for name in names:
+        logits[name], _ = timm_outputs(name)
+        print(name, f"mean |logit| {np.abs(logits[name]).mean():.2f}", flush=True)
+        np.savez(logits_file, **logits)
+    results.write({json_file: json.dumps(written, indent=1) + "\n"})
+
+
+def run_backend(names):
+    """Compare a backend with timm; keep its other rows where the same versions made them."""
+    backend = keras.backend.backend()
+    record = {
+        "hardware": results.hardware(),
+        "versions": results.versions(("keras", backend, "numpy")),
+    }
+    path, logits = RESULTS / "timm.json", np.load(RESULTS / "timm.npz")
+    for name in names:
+        model, images = model_and_image(name)
+        far = float(np.abs(ops.convert_to_numpy(model(images))[0] - logits[name]).max())
+        print(f"{name} on {backend}: {far:.1e}", flush=True)
+        del model, images
+        written = json.loads(path.read_text(encoding="utf-8"))
+        before = written["backends"].get(backend, {})
+        rows = before.pop("largest_difference", {})
+        rows = rows if before == record else {}
+        rows = {n: {**rows, name: far}[n] for n in PRESETS if n in {*rows, name}}
+        written["backends"][backend] = {**record, "largest_difference": rows}
+        results.write({path: json.dumps(written, indent=1) + "\n"})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--timm", action="store_true", help="compute timm's logits")
+    parser.add_argument("--preset", action="append", choices=list(PRESETS), help="default: all")
+    given = parser.parse_args()
+    # Beside TensorFlow, PyTorch's triton crashes.
+    if given.timm and keras.backend.backend() != "torch":
+        parser.error("--timm needs PyTorch alone in its process: set KERAS_BACKEND=torch")
+    (run_timm if given.timm else run_backend)(given.preset or list(PRESETS))
 
 
 if __name__ == "__main__":
