@@ -518,14 +518,16 @@ def test_what_is_no_checkpoint_is_refused_in_a_sentence(open_page, run_here, own
 
 
 RECORD = """
-window.Worker = class extends Worker {
-  constructor(...given) {
-    super(...given);
-    this.addEventListener("message", ({ data }) => {
-      if (data.answer?.pixels) window.seen = [...data.answer.pixels];
-    });
-  }
-};
+() => {
+  window.Worker = class extends Worker {
+    constructor(...given) {
+      super(...given);
+      this.addEventListener("message", ({ data }) => {
+        if (data.answer?.pixels) window.seen = [...data.answer.pixels];
+      });
+    }
+  };
+}
 """
 
 

@@ -25,7 +25,7 @@ function pageOf(root) {
     find: (selector) => root.querySelector(selector),
     all: (selector) => [...root.querySelectorAll(selector)],
     state: { level: 0, x: 0.5, y: 0.5, off: {} },
-    switches: () => ({ query: "own" }),
+    switches: () => ({}),
     isSwitched: () => false,
   };
   const [status, trouble] = [".said", ".trouble"].map(page.find);
@@ -72,11 +72,12 @@ function pageOf(root) {
     await page.tell("ran");
     await page.tell("label");
     const best = now.probabilities[page.state.label];
-    page.say(
-      `${page.state.name}: ${page.made.classes[page.state.label]}, `
-        + `${(100 * best).toFixed(1)} percent. ${effectOf(page)} ${computed} of ${steps} steps `
-        + `computed in ${milliseconds.toFixed(0)} ms.`,
-    );
+    page.say([
+      `${page.state.name}: ${page.made.classes[page.state.label]},`,
+      `${(100 * best).toFixed(1)} percent.`,
+      effectOf(page),
+      `${computed} of ${steps} steps computed in ${milliseconds.toFixed(0)} ms.`,
+    ].filter(Boolean).join(" "));
   };
   return page;
 }

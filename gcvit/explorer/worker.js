@@ -7,8 +7,6 @@
 
 let model, source, photo, result, trained, otherQueries;
 
-const AS_TRAINED = { query: "own" };
-
 /** Return the part of the model that a level's block is, for an image of the present size. */
 function layerOf(level, block) {
   const name = `levels.${level}.blocks.${block}`;
@@ -115,10 +113,10 @@ const questions = {
   /** Run the model with some switches, and tell what a page shows at once. */
   async run({ switches }) {
     const started = performance.now();
-    const first = trained ? [] : (trained = await pass(AS_TRAINED)).computed;
+    const first = trained ? [] : (trained = await pass({})).computed;
     trained.queries ??= queriesOf(result);
-    const query = switches.query === "other" ? otherQueries : switches.query;
-    const now = await pass({ ...switches, query });
+    const other = switches.query === "other" && { query: otherQueries };
+    const now = await pass({ ...switches, ...other });
     const gates = Object.keys(result.tensors).filter((name) => name.endsWith(".gates"));
     return {
       now,
