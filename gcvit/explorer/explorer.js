@@ -133,8 +133,7 @@ function start(root) {
     } catch (error) {
       throw new Error(`${file.name} is no checkpoint that can be run here. ${error.message}`);
     }
-    if (page.made.photo) await showTaken(page.made.photo);
-    else await showExample(0);
+    await showAgain();
   }
 
   async function showExample(i) {
@@ -149,13 +148,16 @@ function start(root) {
     });
     await page.tell("photograph");
     const taken = await page.ask("photograph", given, [given.pixels.buffer]);
-    page.state.name = name;
-    await showTaken(taken);
+    Object.assign(page.state, { blob, name });
+    page.photo = canvasOf(taken.pixels, taken.width, taken.height);
+    await page.run();
   }
 
-  async function showTaken({ pixels, width, height }) {
-    page.photo = canvasOf(pixels, width, height);
-    await page.run();
+  /** Show another model the photograph that the one before was shown. */
+  async function showAgain() {
+    const { blob, name } = page.state;
+    if (blob) await show(blob, name);
+    else await showExample(0);
   }
 
   function fillExamples() {
@@ -187,9 +189,17 @@ function start(root) {
     if (input.accept === ".safetensors") inTurn(() => open(file));
     else receive(file);
   }));
-  root.addEventListener("dragover", (event) => event.preventDefault());
+  const showTarget = (isTarget) => root.classList.toggle("target", isTarget);
+  root.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    showTarget(true);
+  });
+  root.addEventListener("dragleave", ({ relatedTarget }) => {
+    if (!root.contains(relatedTarget)) showTarget(false);
+  });
   root.addEventListener("drop", (event) => {
     event.preventDefault();
+    showTarget(false);
     receive(event.dataTransfer.files[0]);
   });
   document.addEventListener("paste", (event) => {
@@ -197,11 +207,11 @@ function start(root) {
   });
   find(".load").addEventListener("click", () => inTurn(async () => {
     await load();
-    await showExample(0);
+    await showAgain();
   }));
   find(".ours").addEventListener("click", () => inTurn(async () => {
     await load();
-    await showTaken(page.made.photo);
+    await showAgain();
   }));
   fillExamples();
   showLoading(false);
