@@ -25,7 +25,7 @@ function pageOf(root) {
     find: (selector) => root.querySelector(selector),
     all: (selector) => [...root.querySelectorAll(selector)],
     state: { level: 0, x: 0.5, y: 0.5, off: {} },
-    switches: () => ({ query: "own" }),
+    switches: () => ({}),
     isSwitched: () => false,
   };
   const [status, trouble] = [".said", ".trouble"].map(page.find);
@@ -72,11 +72,12 @@ function pageOf(root) {
     await page.tell("ran");
     await page.tell("label");
     const best = now.probabilities[page.state.label];
-    page.say(
-      `${page.state.name}: ${page.made.classes[page.state.label]}, `
-        + `${(100 * best).toFixed(1)} percent. ${effectOf(page)} ${computed} of ${steps} steps `
-        + `computed in ${milliseconds.toFixed(0)} ms.`,
-    );
+    page.say([
+      `${page.state.name}: ${page.made.classes[page.state.label]},`,
+      `${(100 * best).toFixed(1)} percent.`,
+      effectOf(page),
+      `${computed} of ${steps} steps computed in ${milliseconds.toFixed(0)} ms.`,
+    ].filter(Boolean).join(" "));
   };
   return page;
 }
@@ -132,8 +133,7 @@ function start(root) {
     } catch (error) {
       throw new Error(`${file.name} is no checkpoint that can be run here. ${error.message}`);
     }
-    if (page.made.photo) await showTaken(page.made.photo);
-    else await showExample(0);
+    await showAgain();
   }
 
   async function showExample(i) {
@@ -148,13 +148,16 @@ function start(root) {
     });
     await page.tell("photograph");
     const taken = await page.ask("photograph", given, [given.pixels.buffer]);
-    page.state.name = name;
-    await showTaken(taken);
+    Object.assign(page.state, { blob, name });
+    page.photo = canvasOf(taken.pixels, taken.width, taken.height);
+    await page.run();
   }
 
-  async function showTaken({ pixels, width, height }) {
-    page.photo = canvasOf(pixels, width, height);
-    await page.run();
+  /** Show another model the photograph that the one before was shown. */
+  async function showAgain() {
+    const { blob, name } = page.state;
+    if (blob) await show(blob, name);
+    else await showExample(0);
   }
 
   function fillExamples() {
@@ -186,9 +189,17 @@ function start(root) {
     if (input.accept === ".safetensors") inTurn(() => open(file));
     else receive(file);
   }));
-  root.addEventListener("dragover", (event) => event.preventDefault());
+  const showTarget = (isTarget) => root.classList.toggle("target", isTarget);
+  root.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    showTarget(true);
+  });
+  root.addEventListener("dragleave", ({ relatedTarget }) => {
+    if (!root.contains(relatedTarget)) showTarget(false);
+  });
   root.addEventListener("drop", (event) => {
     event.preventDefault();
+    showTarget(false);
     receive(event.dataTransfer.files[0]);
   });
   document.addEventListener("paste", (event) => {
@@ -196,11 +207,11 @@ function start(root) {
   });
   find(".load").addEventListener("click", () => inTurn(async () => {
     await load();
-    await showExample(0);
+    await showAgain();
   }));
   find(".ours").addEventListener("click", () => inTurn(async () => {
     await load();
-    await showTaken(page.made.photo);
+    await showAgain();
   }));
   fillExamples();
   showLoading(false);

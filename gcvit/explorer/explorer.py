@@ -215,8 +215,10 @@ def run_here(path, examples, image_size=None, address=None, small=False):
     At once, and where scripts do not run, the page shows what the model says about the first
     example, as Keras computes it here. When a button is pressed the checkpoint is loaded, and
     the reader chooses a photograph, and sees the answer and every step to it: the maps of the
-    levels, the global query, whom a token attends to, the gates, and where the answer comes
-    from. Parts of the model can be switched. No photograph leaves the device.
+    levels, the global query, whom a token attends to, the gates, where the answer comes from,
+    and the arithmetic behind each weight and each gate. Parts of the model can be switched,
+    after a prediction if the reader likes. What `save_classifier` wrote can be opened in the
+    checkpoint's place. No photograph and no checkpoint leaves the device.
 
     Args:
         path: the checkpoint, a `.safetensors` file whose header has the `config` and the

@@ -63,7 +63,7 @@ async function checkpoint({ base64, address, name, length }, progress) {
 
 // Larger photographs are reduced while they are drawn: phones refuse large canvases, and the
 // model sees much less than this.
-const MOST_PIXELS = 2 ** 22;
+const MOST_PIXELS = 2 ** 21;
 
 /**
  * Return the pixels of an image file as gcvit.images reads them: turned as the camera held it,

@@ -188,7 +188,7 @@ function arithmeticPanel(page) {
     return parts.join(", ") || "same place";
   }
 
-  function drawGrid() {
+  function drawCells() {
     const [h, w] = page.layer().window;
     const weights = cells.lines.map((line) => line.weight);
     const bytes = heatOf(weights, page.colors, 0, Math.max(...weights));
@@ -277,7 +277,7 @@ function arithmeticPanel(page) {
     cells = await page.ask("cells", {
       level: page.state.level, row, column, block: blocks[kind()], head: heads[kind()],
     });
-    drawGrid();
+    drawCells();
     drawLines();
     light(cells.strongest);
   }

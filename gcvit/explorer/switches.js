@@ -32,8 +32,10 @@ function switchPanel(page) {
   /** Read the switches that are not as the model was trained. */
   page.switches = () => {
     const [query, level] = [field.query.value, field.level.value];
-    const chosen = { query: query === "other" || level === "" ? query : { [level]: query } };
-    if (query === "own") chosen.query = "own";
+    const chosen = {};
+    if (query !== "own") {
+      chosen.query = query === "other" || level === "" ? query : { [level]: query };
+    }
     if (field.gates.value !== "own") chosen.gates = field.gates.value;
     if (field.part.checked) chosen.part = { [page.made.late]: page.made.parts };
     if (field.bias.checked) chosen.bias = "off";
@@ -44,7 +46,7 @@ function switchPanel(page) {
     return chosen;
   };
   const text = () => JSON.stringify(page.switches());
-  page.isSwitched = () => text() !== '{"query":"own"}';
+  page.isSwitched = () => text() !== '{}';
 
   const isBox = (control) => control.type === "checkbox";
   const remember = () => {

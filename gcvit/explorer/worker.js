@@ -5,9 +5,7 @@
  * that name in `questions` returned, or the message of its error.
  */
 
-let model, source, photo, result, trained, otherQueries;
-
-const AS_TRAINED = { query: "own" };
+let model, photo, result, trained, otherQueries;
 
 /** Return the part of the model that a level's block is, for an image of the present size. */
 function layerOf(level, block) {
@@ -66,8 +64,6 @@ function asTaken({ pixels, height, width }, taker) {
   return taken;
 }
 
-const shown = ({ pixels, height, width }) => ({ pixels, height, width });
-
 async function pass(switches) {
   result = await model.run(photo.image, photo.height, photo.width, { switches });
   const { logits, computed } = result;
@@ -91,34 +87,31 @@ const questions = {
     if (channels !== 1 && channels !== 3) {
       throw new Error(`It takes images of ${channels} channels; a photograph has 3, or 1 of gray.`);
     }
-    const again = source && asTaken(source, next);
-    [model, photo, result, trained, otherQueries] = [next, again];
+    [model, photo, result, trained, otherQueries] = [next];
     const windows = model.config.window_size.map(pair);
     return {
       levels: depths.map((depth, i) => ({ depth, heads: heads[i], window: windows[i] })),
       classes: range(count).map((i) => model.classes?.[i] ?? `class ${i}`),
       parts: windows[0],
       imageSize: pair(model.imageSize),
-      photo: photo && shown(photo),
     };
   },
 
   /** Take the bytes of a photograph of any size; return what the model sees of it. */
   photograph(given) {
     photo = asTaken(given, model);
-    source = given;
     otherQueries = trained?.queries;
     trained = null;
-    return shown(photo);
+    return { pixels: photo.pixels, height: photo.height, width: photo.width };
   },
 
   /** Run the model with some switches, and tell what a page shows at once. */
   async run({ switches }) {
     const started = performance.now();
-    const first = trained ? [] : (trained = await pass(AS_TRAINED)).computed;
+    const first = trained ? [] : (trained = await pass({})).computed;
     trained.queries ??= queriesOf(result);
-    const query = switches.query === "other" ? otherQueries : switches.query;
-    const now = await pass({ ...switches, query });
+    const other = switches.query === "other" && { query: otherQueries };
+    const now = await pass({ ...switches, ...other });
     const gates = Object.keys(result.tensors).filter((name) => name.endsWith(".gates"));
     return {
       now,
