@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # uv where it is there, which is several times as fast as pip.
-INSTALL := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/pip install)
+UV := $(shell command -v uv)
+install_into = $(if $(UV),uv pip install --python $(1)/python,$(1)/pip install) --quiet
 PORT ?= 8000
 BENCH ?=
 BACKENDS ?= tensorflow jax torch
@@ -19,8 +20,8 @@ install: .venv/installed ## Make .venv and install what is locked
 .venv/installed: requirements-lock.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed; $(PYTHON) is {v[0]}.{v[1]}. Name another one: make PYTHON=python3.12 book")'
 	$(PYTHON) -m venv .venv
-	$(INSTALL) --quiet --require-hashes -r requirements-lock.txt
-	$(INSTALL) --quiet --no-deps --no-build-isolation -e .
+	$(call install_into,$(BIN)) --require-hashes -r requirements-lock.txt
+	$(call install_into,$(BIN)) --no-deps --no-build-isolation -e .
 	@touch $@
 
 book: install ## Execute every chapter and write _build/html/index.html
@@ -49,8 +50,15 @@ test-book: install ## Run every chapter, as a reader's Jupyter would
 	@echo "$$(date +%H:%M:%S) Chapters"
 	GCVIT_RUN=$${GCVIT_RUN:-brief} TF_NUM_INTRAOP_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 -n 3 --dist worksteal book
 
-test-colab: install ## Run every chapter as Colab would: an empty folder, no clone
-	$(BIN)/python tools/book/colab_run.py --jobs 2
+test-colab: _build/colab/installed ## Run every chapter as Colab would: its Python and versions, no clone
+	GCVIT_RUN=$${GCVIT_RUN:-brief} _build/colab/bin/python tools/book/colab_run.py --index --jobs 2
+
+COLAB := $(wildcard tools/book/colab-*.txt)
+COLAB_PYTHON ?= python3.13
+_build/colab/installed: $(COLAB)
+	$(COLAB_PYTHON) -m venv --clear _build/colab
+	$(call install_into,_build/colab/bin) --no-deps -r $(COLAB)
+	@touch $@
 
 fuzz: install ## Feed 2,000 hostile checkpoints to each reader, and print the counts
 	$(BIN)/python tools/reproduce/fuzz.py --count 2000
@@ -64,6 +72,10 @@ links: install ## Ask every address in the book whether it answers (needs a netw
 bench: install ## Measure the speed beside timm, where that is installed; BENCH=... for options
 	$(BIN)/python tools/reproduce/bench.py $(BENCH)
 
+.PHONY: plain
+plain: install ## Build the book without Jupyter Book, into _build/plain/html
+	$(BIN)/python tools/book/plain_sphinx.py
+
 .PHONY: epub pdf
 epub: install ## Pack the built book into _build/gcvit-book.epub (needs Chromium)
 	$(BIN)/python tools/book/take_along.py epub
@@ -75,19 +87,21 @@ serve: ## Open the built book at http://localhost:8000 (PORT=... for another)
 	@test -f _build/html/index.html || { echo "There is no book yet: run make book first."; exit 1; }
 	$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
 
-lint: install ## Check format, style, the notebooks' tidiness and the workflows
+lint: install ## Check format, style, the notebooks' tidiness, the README's table and the workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check examples gcvit tests tools
 	$(BIN)/python tools/book/notebooks.py check
 	$(BIN)/python tools/book/glossary.py check
+	$(BIN)/python tools/book/readme.py check
 	$(BIN)/zizmor --offline --quiet .github
 	@if command -v npx >/dev/null; then npx --yes --prefer-offline $(ACTIONLINT) '.github/workflows/*.yml'; \
 	else echo "Node.js is not installed: actionlint is not run here. CI runs it."; fi
 
-format: install ## Format the code and tidy the notebooks
+format: install ## Format the code, tidy the notebooks, make the README's table
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format examples gcvit tests tools
 	$(BIN)/python tools/book/notebooks.py format
+	$(BIN)/python tools/book/readme.py format
 
 # Without the constraint, the newest h5py brings an older TensorFlow.
 lock: ## Compile requirements-lock.txt anew (needs uv)

@@ -85,8 +85,7 @@ def test_the_pages_find_the_checkpoint_beside_them(book, monkeypatch):
     (book / "gcvit" / "checkpoints").mkdir()
     (book / "gcvit" / "checkpoints" / "nano.safetensors").write_bytes(b"\x00weights")
     (book / "html").mkdir()
-    monkeypatch.setattr(build_book, "HTML", book / "html")
-    build_book.share_checkpoints()
+    build_book.share_checkpoints(book / "html")
     shared = book / "html" / explorer.checkpoint_address("nano.safetensors")
     assert '["nano.safetensors"]="AHdlaWdodHM=";' in shared.read_text()
 

@@ -157,12 +157,12 @@ def drop_leftovers():
             path.unlink()
 
 
-def share_checkpoints():
+def share_checkpoints(html):
     """Write the checkpoints that a page loads when a reader asks for the model, one for all."""
     from gcvit import explorer  # takes seconds, which --links need not wait for
 
     for path in (PACKAGE / "checkpoints").glob("*.safetensors"):
-        shared = HTML / explorer.checkpoint_address(path)
+        shared = html / explorer.checkpoint_address(path)
         shared.parent.mkdir(exist_ok=True)
         shared.write_text(explorer.checkpoint_script(path), encoding="ascii")
 
@@ -240,7 +240,7 @@ def main():
     if chosen.executed:
         drop_outputs()
     drop_leftovers()
-    share_checkpoints()
+    share_checkpoints(HTML)
     show_model()
     if faults := project_faults(HTML):
         fail("\n".join(["The book was built, but is not as it should be:", *faults]))

@@ -118,19 +118,24 @@ def shipped_outputs():
 
 
 def run_timm(names):
-    """Compute timm's logits; keep those of other presets where the same versions made them."""
+    """Compute timm's logits; keep what is there where the same versions made it."""
+    names = names or list(PRESETS)
     record = {"hardware": results.hardware(), "versions": results.versions(("timm", "torch"))}
-    written = {"timm": record, SHIPPED: shipped_outputs(), "backends": {}}
+    written = {"timm": record, SHIPPED: shipped_outputs(), "variants": {}, "backends": {}}
     logits, json_file, logits_file = {}, RESULTS / "timm.json", RESULTS / "timm.npz"
     if logits_file.exists():
         before = json.loads(json_file.read_text(encoding="utf-8"))
         if before["timm"] == record:
-            written["backends"], logits = before["backends"], dict(np.load(logits_file))
+            written |= {part: before[part] for part in ("variants", "backends")}
+            logits = dict(np.load(logits_file))
     for name in names:
         logits[name], _ = timm_outputs(name)
-        print(name, f"mean |logit| {np.abs(logits[name]).mean():.2f}", flush=True)
+        mean, size = float(np.abs(logits[name]).mean()), PRESETS[name]["image_size"]
+        print(f"{name}: mean |logit| {mean:.2f}", flush=True)
+        rows = {**written["variants"], name: {"image_size": size, "mean_logit": mean}}
+        written["variants"] = {n: rows[n] for n in PRESETS if n in rows}
         np.savez(logits_file, **logits)
-    results.write({json_file: json.dumps(written, indent=1) + "\n"})
+        results.write({json_file: json.dumps(written, indent=1) + "\n"})
 
 
 def run_backend(names):
@@ -141,7 +146,7 @@ def run_backend(names):
         "versions": results.versions(("keras", backend, "numpy")),
     }
     path, logits = RESULTS / "timm.json", np.load(RESULTS / "timm.npz")
-    for name in names:
+    for name in names or logits:
         model, images = model_and_image(name)
         far = float(np.abs(ops.convert_to_numpy(model(images))[0] - logits[name]).max())
         print(f"{name} on {backend}: {far:.1e}", flush=True)
@@ -149,8 +154,8 @@ def run_backend(names):
         written = json.loads(path.read_text(encoding="utf-8"))
         before = written["backends"].get(backend, {})
         rows = before.pop("largest_difference", {})
-        rows = rows if before == record else {}
-        rows = {n: {**rows, name: far}[n] for n in PRESETS if n in {*rows, name}}
+        rows = {**(rows if before == record else {}), name: far}
+        rows = {n: rows[n] for n in PRESETS if n in rows}
         written["backends"][backend] = {**record, "largest_difference": rows}
         results.write({path: json.dumps(written, indent=1) + "\n"})
 
@@ -158,12 +163,17 @@ def run_backend(names):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--timm", action="store_true", help="compute timm's logits")
-    parser.add_argument("--preset", action="append", choices=list(PRESETS), help="default: all")
+    parser.add_argument(
+        "--preset",
+        action="append",
+        choices=list(PRESETS),
+        help="default: all, or with a backend all whose logits by timm are kept",
+    )
     given = parser.parse_args()
     # Beside TensorFlow, PyTorch's triton crashes.
     if given.timm and keras.backend.backend() != "torch":
         parser.error("--timm needs PyTorch alone in its process: set KERAS_BACKEND=torch")
-    (run_timm if given.timm else run_backend)(given.preset or list(PRESETS))
+    (run_timm if given.timm else run_backend)(given.preset)
 
 
 if __name__ == "__main__":
