@@ -4,7 +4,7 @@ import keras
 import properties
 import pytest
 
-EXAMPLES = {"folder": 12, "levels": 25, "checkpoint": 12, "order": 5, "command": 2}
+EXAMPLES = {"folder": 12, "levels": 25, "checkpoint": 12, "order": 6, "command": 3}
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="the numbers of the others are tested elsewhere"

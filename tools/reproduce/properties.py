@@ -836,7 +836,7 @@ def check_what_was_written(path, folder, case):
 
 # The long run.
 
-EXAMPLES = {"folder": 20, "levels": 50, "checkpoint": 20, "order": 2, "command": 2}
+EXAMPLES = {"folder": 20, "levels": 50, "checkpoint": 20, "order": 8, "command": 4}
 """How many examples are drawn at a time: about as long for each."""
 
 
