@@ -125,12 +125,17 @@ def architecture(path):
     first = [telling["table"].get((i, 0)) for i in range(levels)]
     if None in first or any(len(shape) != 2 for shape in first):
         raise CheckpointError(f"{path} lacks the position table of some level's first block.")
+    with readers.naming_the_file(path):
+        return _arguments(telling, naming, first, depths, readers.model_config(path))
+
+
+def _arguments(telling, naming, first, depths, told):
+    """Return what `architecture` does, from the shapes of the tensors that tell it."""
     (stem,), (hidden, *_) = telling["stem"].values(), telling["hidden"].values()
     # Keras lays a convolution out as (height, width, in, out), PyTorch as (out, in, ...).
     in_channels, embed_dim = stem[2:] if naming == "release" else (stem[1], stem[0])
     level, _ = next(iter(telling["hidden"]))
     hidden_units = hidden[1] if naming == "release" else hidden[0]
-    told = readers.model_config(path)
     arguments = {
         **{name: told[name] for name in _TOLD if name in told},
         "window_size": _windows([shape[0] for shape in first], told),

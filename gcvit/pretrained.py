@@ -6,10 +6,11 @@ import os
 import warnings
 
 import keras
+import numpy as np
 
 from gcvit import readers
 from gcvit import weights as checkpoints
-from gcvit.checks import pair
+from gcvit.checks import labels_within, not_normalized, pair
 from gcvit.presets import PRESETS
 
 # Pixels of the image for each token of the window's side, level by level, where windows
@@ -98,6 +99,30 @@ class PretrainedModel(keras.Model):
             done = "summed" if model.in_channels == 1 else "repeated and scaled"
             print(f"The first kernel is {done} for images of {model.in_channels} channels.")
         return model
+
+    # Training.
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        """Train: see `keras.Model.fit`. What Keras passes over in silence is said.
+
+        A warning tells of images in an array that are not normalized, and of an epoch whose loss
+        is not a finite number.
+
+        Raises:
+            ValueError: for NaN in an array of images, and for labels in an array that are none of
+                the classes of `sparse_categorical_crossentropy`, before anything is trained.
+        """
+        if isinstance(x, np.ndarray) and x.dtype.kind == "f":
+            sentence = not_normalized(x[:32])
+            if sentence:
+                warnings.warn(sentence, stacklevel=2)
+        sparse = "sparse_categorical_crossentropy", "SparseCategoricalCrossentropy"
+        loss = getattr(self, "loss", None)
+        if isinstance(y, np.ndarray) and (loss in sparse or type(loss).__name__ in sparse):
+            labels_within(y, self.num_classes)
+        if len(args) < 4:  # callbacks are given by their name, as they mostly are
+            kwargs["callbacks"] = [*keras.tree.flatten(kwargs.get("callbacks") or []), _SaysNaN()]
+        return super().fit(x, y, *args, **kwargs)
 
     # Files.
 
@@ -302,8 +327,9 @@ class PretrainedModel(keras.Model):
             **kwargs: what `keras.Model.export` takes; for "onnx", what `torch.onnx.export` does.
 
         Raises:
-            ValueError: for "onnx" on another backend than PyTorch, and for "litert" of a model
-                that takes more operations than LiteRT has. Nothing is written.
+            ValueError: for "onnx" on another backend than PyTorch or of a model that it has no
+                operations for, and for "litert" of a model that takes more operations than LiteRT
+                has. Nothing is written.
         """
         if format == "onnx":
             return _export_onnx(self, filepath, **kwargs)
@@ -315,6 +341,20 @@ class PretrainedModel(keras.Model):
         if format == "litert" and keras.backend.backend() == "tensorflow":
             return _export_litert(self, super().export, filepath, **given)
         return super().export(filepath, format=format, **given)
+
+
+class _SaysNaN(keras.callbacks.Callback):
+    """Warns of a loss that is not a finite number, unless another callback has ended the run."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        loss = (logs or {}).get("loss", 0.0)
+        if not np.isfinite(loss) and not self.model.stop_training:
+            warnings.warn(
+                f"In epoch {epoch + 1} the loss is {loss}: the training has diverged. Look at the "
+                "learning rate, the labels and the images; keras.callbacks.TerminateOnNaN ends "
+                "such a run.",
+                stacklevel=2,
+            )
 
 
 def _whole(path, overwrite=True, *_, zipped=True, **__):
@@ -336,10 +376,20 @@ def _export_onnx(model, filepath, **kwargs):
     height, width = (side or 224 for side in model.built_size)
     # Two images: a batch of one would be taken for a constant.
     images = torch.zeros((2, height, width, model.in_channels))
-    batch = {0: torch.export.Dim("batch")}
-    torch.onnx.export(
-        model.eval(), (images,), filepath, dynamo=True, dynamic_shapes=((batch,),), **kwargs
-    )
+    kwargs = {"dynamo": True, "dynamic_shapes": (({0: torch.export.Dim("batch")},),), **kwargs}
+    training = model.training
+    try:
+        with checkpoints.replacing(filepath) as unfinished:
+            torch.onnx.export(model.eval(), (images,), os.fspath(unfinished), **kwargs)
+    except (ImportError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            "PyTorch cannot write some part of this model as ONNX: export it in float32, before it "
+            "is quantized."
+        ) from error
+    finally:
+        model.train(training)
 
 
 def _export_litert(model, export, filepath, **kwargs):

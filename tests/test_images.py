@@ -237,3 +237,18 @@ def test_a_broken_tag_beside_the_orientation_does_no_harm(tmp_path, orientation)
     assert whole.count(before) == 1
     (tmp_path / "a.jpg").write_bytes(whole.replace(before, after))
     np.testing.assert_array_equal(read_photograph(tmp_path / "a.jpg"), upright)
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (np.zeros((4, 4)), r"\(height, width, 3\), in RGB; got shape \(4, 4\)"),
+        (np.zeros((4, 4, 4), "uint8"), r"got shape \(4, 4, 4\)"),
+        (np.full((4, 4, 3), 0.5), "these are 0 to 1: multiply by 255"),
+        (np.full((4, 4, 3), 40_000, "uint16"), "these are 40000 to 40000"),
+        (np.full((4, 4, 3), np.nan), "these are nan to nan"),
+    ],
+)
+def test_arrays_that_are_no_photographs_are_refused(image, message):
+    with pytest.raises(ValueError, match=message):
+        resize(image, 32)

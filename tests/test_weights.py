@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from conftest import (
 )
 
 from gcvit import PRESETS, CheckpointError, GCViT, load_checkpoint, readers
+from gcvit.fine_tuning.training import write_whole
 from gcvit.readers import training_notes
 from gcvit.weights import PACKAGED, save_safetensors, sublayers, weight_specs
 
@@ -467,3 +469,35 @@ def test_the_first_kernel_is_fitted_to_other_colors_when_asked_for(tmp_path, tin
 def _with_state(model, folder):
     load_checkpoint(model, folder / "m.safetensors")
     return model
+
+
+def breaks_off(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+WRITERS = {
+    "m.safetensors": (lambda m, p: save_safetensors(m, p), "gcvit.readers.with_digest"),
+    "m.keras": (lambda m, p: m.save(p), "zipfile.ZipFile.close"),
+    "m.weights.h5": (lambda m, p: m.save_weights(p), "h5py.File.close"),
+    "run.npz": (lambda m, p: write_whole(p, a=np.zeros(9)), "numpy.savez"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_disk_that_is_full_leaves_the_old_file(name, tmp_path, monkeypatch, tiny):
+    write, last_step = WRITERS[name]
+    write(tiny, tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(last_step, breaks_off)
+        with pytest.raises(OSError, match=f"{name} cannot be written .No space left on device"):
+            write(tiny, tmp_path / name)
+    assert (tmp_path / name).read_bytes() == whole and os.listdir(tmp_path) == [name]
+
+
+def test_what_is_written_has_the_ending_of_its_kind_and_a_folder(tmp_path, tiny):
+    with pytest.raises(ValueError, match=r"a .safetensors file; got .*m\.keras"):
+        save_safetensors(tiny, tmp_path / "m.keras")
+    with pytest.raises(FileNotFoundError, match="There is no folder .*nowhere to write m.keras"):
+        tiny.save(tmp_path / "nowhere" / "m.keras")
+    assert os.listdir(tmp_path) == []

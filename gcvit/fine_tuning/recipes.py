@@ -5,6 +5,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from gcvit.checks import labels_within
 from gcvit.fine_tuning.pipeline import (
     every_epoch,
     flip,
@@ -17,7 +18,6 @@ from gcvit.fine_tuning.pipeline import (
 from gcvit.fine_tuning.training import (
     Run,
     TrainingState,
-    check_labels,
     jit_compile,
     make_variables,
 )
@@ -133,7 +133,7 @@ def _run(model, photos, batches, validation, settings, backup, **keeping):
     `TrainingState`.
     """
     # None of them is decoded for this, and the losses would take other labels without a word.
-    check_labels(list(photos.train_labels.as_numpy_iterator()), len(photos.class_names))
+    labels_within(list(photos.train_labels.as_numpy_iterator()), len(photos.class_names))
     batch_size = settings["batch_size"]
     if _distributed():
         validation = pad_last_batch(validation, batch_size, photos.validation_size)

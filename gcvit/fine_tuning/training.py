@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
+from gcvit.checks import labels_within, not_normalized
 from gcvit.fast import device_kinds
 from gcvit.weights import replacing
 
@@ -318,29 +319,14 @@ def check_batch(model, images, labels):
         images: array (batch, height, width, channels).
         labels: array (batch,) of integers, or one-hot (batch, classes).
     """
-    largest = np.abs(images).max()
-    if not np.isfinite(largest):
-        raise ValueError("Some numbers of the images are not finite: look for NaN in the data.")
-    if largest > 20:  # normalized ones stay below 3
-        raise ValueError(
-            f"The images are not normalized: their numbers go up to {largest:g}. Pass "
-            "photographs of 0 to 255 through gcvit.images.normalize."
-        )
+    sentence = not_normalized(images)
+    if sentence:
+        raise ValueError(sentence)
     classes = model.compute_output_shape(images.shape)[-1]
     if labels.ndim == 2 and labels.shape[-1] != classes:
         raise ValueError(f"The labels are of {labels.shape[-1]} classes, the model's {classes}.")
     if labels.ndim == 1:
-        check_labels(labels, classes)
-
-
-def check_labels(labels, classes):
-    """Raise a `ValueError` unless all labels are from 0 to `classes` - 1."""
-    labels = np.asarray(labels)
-    outside = labels[(labels < 0) | (labels >= classes)]
-    if outside.size:
-        raise ValueError(
-            f"The label {outside[0]} is outside the {classes} classes, 0 to {classes - 1}."
-        )
+        labels_within(labels, classes)
 
 
 def make_variables(model, labels, classes):

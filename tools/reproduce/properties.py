@@ -11,6 +11,7 @@ why not, and all is as it was. `tests/test_properties.py` runs a few of each, al
 import argparse
 import collections
 import contextlib
+import gc
 import io
 import json
 import os
@@ -835,7 +836,7 @@ def check_what_was_written(path, folder, case):
 
 # The long run.
 
-EXAMPLES = {"folder": 20, "levels": 50, "checkpoint": 20, "order": 2, "command": 2}
+EXAMPLES = {"folder": 20, "levels": 50, "checkpoint": 20, "order": 8, "command": 4}
 """How many examples are drawn at a time: about as long for each."""
 
 
@@ -849,6 +850,7 @@ def make_output(place):
 def properties(place):
     """Return what runs a number of examples of each property, {name: function of settings}."""
     output, models = make_output(place), (built(0), built(1))
+    gc.freeze()  # Keras collects garbage for each layer that it quantizes: a second for all of it
 
     def given(strategy, check, *more):
         def run(settings, seed=0):
