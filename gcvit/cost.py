@@ -43,12 +43,12 @@ def attention(tokens, channels, window_tokens=None, global_query=False):
     Args:
         tokens: tokens of the map, n, those of its padding included.
         channels: channels, C.
-        window_tokens: tokens of a window, m; default `None`: one window of all tokens,
+        window_tokens: tokens of a window, N; default `None`: one window of all tokens,
             which is full attention.
         global_query: whether the query comes ready-made; default `False`.
 
     Returns:
-        4nC² + 2nmC, or 3nC² + 2nmC with a global query.
+        4nC² + 2nNC, or 3nC² + 2nNC with a global query.
 
     Source: Liu et al. 2021 (Swin), equations 1 and 2.
     """

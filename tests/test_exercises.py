@@ -3,6 +3,7 @@
 `pytest --nbmake book` runs the solutions, and by book/conftest.py the unsolved exercises too.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,17 @@ def test_exercises_have_a_check_and_a_solution(path):
     for i in exercises:
         assert "skip-execution" in tags[i] and "assert" in cells[i].source
         assert "solution" in tags[i + 1], "a solution must follow its exercise"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_exercises_are_numbered_from_one_everywhere(path):
+    cells = nbformat.read(path, as_version=4).cells
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    titles = re.findall(r"^### Exercise (\S+): ", prose, re.M)
+    assert titles == [str(i) for i in range(1, len(titles) + 1)]
+    assert len(titles) == len(re.findall(r"^#+ *Exercise\b(?!s)", prose, re.M))
+    solutions = [c.source for c in cells if "solution" in c.metadata.get("tags", [])]
+    assert [s.splitlines()[0] for s in solutions] == [f"# Solution {i}" for i in titles]
 
 
 def outcome(folder, exercise):
