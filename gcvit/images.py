@@ -70,16 +70,35 @@ def resize(image, image_size, crop=1.0, box=None):
     Returns:
         (height, width, 3) uint8.
 
+    Raises:
+        ValueError: for another shape, and for numbers that are not finite, far from 0 to 255, or
+            shares of 0 to 1.
+
     Source: timm's evaluation of these weights resizes bicubically and crops the center.
     """
     rows, columns = pair("image_size", image_size)
-    image = _to_uint8(image)
+    image = _to_uint8(_checked(image))
     if box is None:
         box = center_box(*image.shape[:2], image_size, crop)
     left, upper, right, lower = box
     image, bicubic = Image.fromarray(image), Image.Resampling.BICUBIC
     image = image.resize((columns, image.height), bicubic, (left, 0, right, image.height))
     return np.array(image.resize((columns, rows), bicubic, (0, upper, columns, lower)))
+
+
+def _checked(image):
+    """Return an image that is (height, width, 3) with numbers of 0 to 255, or raise an error."""
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[-1] != 3:
+        raise ValueError(f"An image is (height, width, 3), in RGB; got shape {image.shape}.")
+    if image.dtype == "uint8":
+        return image
+    low, high = image.min(), image.max()
+    if not (low > -64 and high < 320):  # what an augmentation can overshoot, and no NaN
+        raise ValueError(f"An image has numbers of 0 to 255; these are {low:g} to {high:g}.")
+    if image.dtype.kind == "b" or (high <= 1 and (image % 1).any()):
+        raise ValueError("An image has numbers of 0 to 255; these are 0 to 1: multiply by 255.")
+    return image
 
 
 def read_photograph(path, short_side=None):
@@ -108,6 +127,8 @@ def read_photograph(path, short_side=None):
     """
     try:
         with Image.open(path) as image:
+            # Pillow maps a plain TIFF that its tag turns into memory with the sides swapped.
+            image.filename = ""
             if short_side:
                 image.draft(None, _at_least(image.size, short_side))
             deep = any(";16" in str(tile[3]) for tile in image.tile)

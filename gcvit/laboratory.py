@@ -110,7 +110,10 @@ class Switched(GCViT):
             variable.assign(float(name in wanted))
 
     def build(self, input_shape):
+        built = self.built
         super().build(input_shape)
+        if built:  # the switches are in their places
+            return
         for layer in self._flatten_layers():
             if isinstance(layer, SqueezeAndExcitation):
                 self._lead("gates", layer, "gates", closed=gates_of_each_place)

@@ -6,10 +6,11 @@ import os
 import warnings
 
 import keras
+import numpy as np
 
 from gcvit import readers
 from gcvit import weights as checkpoints
-from gcvit.checks import pair
+from gcvit.checks import labels_within, not_normalized, pair
 from gcvit.presets import PRESETS
 
 # Pixels of the image for each token of the window's side, level by level, where windows
@@ -99,6 +100,30 @@ class PretrainedModel(keras.Model):
             print(f"The first kernel is {done} for images of {model.in_channels} channels.")
         return model
 
+    # Training.
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        """Train: see `keras.Model.fit`. What Keras passes over in silence is said.
+
+        A warning tells of images in an array that are not normalized, and of an epoch whose loss
+        is not a finite number.
+
+        Raises:
+            ValueError: for NaN in an array of images, and for labels in an array that are none of
+                the classes of `sparse_categorical_crossentropy`, before anything is trained.
+        """
+        if isinstance(x, np.ndarray) and x.dtype.kind == "f":
+            sentence = not_normalized(x[:32])
+            if sentence:
+                warnings.warn(sentence, stacklevel=2)
+        sparse = "sparse_categorical_crossentropy", "SparseCategoricalCrossentropy"
+        loss = getattr(self, "loss", None)
+        if isinstance(y, np.ndarray) and (loss in sparse or type(loss).__name__ in sparse):
+            labels_within(y, self.num_classes)
+        if len(args) < 4:  # callbacks are given by their name, as they mostly are
+            kwargs["callbacks"] = [*keras.tree.flatten(kwargs.get("callbacks") or []), _SaysNaN()]
+        return super().fit(x, y, *args, **kwargs)
+
     # Files.
 
     def load_weights(self, filepath, skip_mismatch=False, **kwargs):
@@ -150,7 +175,7 @@ class PretrainedModel(keras.Model):
     def _layer_states(self):
         """Return what was done to layers after they were made, {attribute path: what}."""
         states = {}
-        for path, _, layer in checkpoints.sublayers(self):
+        for path, layer in self._parts():
             state = {}
             if getattr(layer, "lora_enabled", False):
                 state["lora"] = [layer.lora_rank, layer.lora_alpha]
@@ -163,10 +188,16 @@ class PretrainedModel(keras.Model):
                 states[path] = state
         return states
 
+    def _parts(self):
+        """Yield the model and each layer that can hold weights, with its path, parents first."""
+        yield "", self
+        for path, _, layer in checkpoints.sublayers(self):
+            yield path, layer
+
     def build_from_config(self, config):
         self.build(config["input_shape"])
         states = config.get("layers", {})
-        for path, _, layer in checkpoints.sublayers(self):
+        for path, layer in self._parts():
             state = states.get(path, {})
             if "lora" in state:
                 layer.enable_lora(state["lora"][0], lora_alpha=state["lora"][1])
@@ -176,7 +207,7 @@ class PretrainedModel(keras.Model):
             layer.trainable = "frozen" not in state
 
     def save(self, filepath, *args, **kwargs):
-        """Write the model: see `keras.Model.save`.
+        """Write the model: see `keras.Model.save`. The file is replaced when the new one is whole.
 
         Frozen layers, LoRA adapters (merged, and started anew), quantized layers and the
         optimizer's state are in the file too.
@@ -189,16 +220,18 @@ class PretrainedModel(keras.Model):
                 f"A GCViT is saved as .keras, or its weights as .weights.h5; got {filepath}, the "
                 "old form that keeps no class of one's own."
             )
-        super().save(filepath, *args, **kwargs)
+        with _whole(filepath, *args, **kwargs) as target:
+            super().save(target, *args, **kwargs)
 
     def save_weights(self, filepath, *args, **kwargs):
-        """Write the weights: see `keras.Model.save_weights`. LoRA adapters are merged.
+        """Write the weights, whole: see `keras.Model.save_weights`. LoRA adapters are merged.
 
         Raises:
             gcvit.CheckpointError: for a quantized model, before anything is written.
         """
         checkpoints.weight_specs(self)
-        super().save_weights(filepath, *args, **kwargs)
+        with _whole(filepath, *args, **kwargs) as target:
+            super().save_weights(target, *args, **kwargs)
 
     def quantize(self, mode="int8", config=None, filters=None, type_check=False):
         """Quantize the dense layers to eight bits: see `keras.Model.quantize`.
@@ -294,8 +327,9 @@ class PretrainedModel(keras.Model):
             **kwargs: what `keras.Model.export` takes; for "onnx", what `torch.onnx.export` does.
 
         Raises:
-            ValueError: for "onnx" on another backend than PyTorch, and for "litert" of a model
-                that takes more operations than LiteRT has. Nothing is written.
+            ValueError: for "onnx" on another backend than PyTorch or of a model that it has no
+                operations for, and for "litert" of a model that takes more operations than LiteRT
+                has. Nothing is written.
         """
         if format == "onnx":
             return _export_onnx(self, filepath, **kwargs)
@@ -307,6 +341,27 @@ class PretrainedModel(keras.Model):
         if format == "litert" and keras.backend.backend() == "tensorflow":
             return _export_litert(self, super().export, filepath, **given)
         return super().export(filepath, format=format, **given)
+
+
+class _SaysNaN(keras.callbacks.Callback):
+    """Warns of a loss that is not a finite number, unless another callback has ended the run."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        loss = (logs or {}).get("loss", 0.0)
+        if not np.isfinite(loss) and not self.model.stop_training:
+            warnings.warn(
+                f"In epoch {epoch + 1} the loss is {loss}: the training has diverged. Look at the "
+                "learning rate, the labels and the images; keras.callbacks.TerminateOnNaN ends "
+                "such a run.",
+                stacklevel=2,
+            )
+
+
+def _whole(path, overwrite=True, *_, zipped=True, **__):
+    """Return `weights.replacing` for a file that Keras would write in place, where it can be."""
+    if not overwrite or zipped is False or "://" in os.fspath(path):
+        return contextlib.nullcontext(path)
+    return checkpoints.replacing(path)
 
 
 def _export_onnx(model, filepath, **kwargs):
@@ -321,10 +376,20 @@ def _export_onnx(model, filepath, **kwargs):
     height, width = (side or 224 for side in model.built_size)
     # Two images: a batch of one would be taken for a constant.
     images = torch.zeros((2, height, width, model.in_channels))
-    batch = {0: torch.export.Dim("batch")}
-    torch.onnx.export(
-        model.eval(), (images,), filepath, dynamo=True, dynamic_shapes=((batch,),), **kwargs
-    )
+    kwargs = {"dynamo": True, "dynamic_shapes": (({0: torch.export.Dim("batch")},),), **kwargs}
+    training = model.training
+    try:
+        with checkpoints.replacing(filepath) as unfinished:
+            torch.onnx.export(model.eval(), (images,), os.fspath(unfinished), **kwargs)
+    except (ImportError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            "PyTorch cannot write some part of this model as ONNX: export it in float32, before it "
+            "is quantized."
+        ) from error
+    finally:
+        model.train(training)
 
 
 def _export_litert(model, export, filepath, **kwargs):

@@ -30,7 +30,8 @@ _DIGEST = "payload_sha256"
 
 # What training scripts call the weights in their files, and the averaged ones, in the order in
 # which they are looked for.
-_CONTAINERS = ("state_dict", "model", "state_dict_ema", "model_ema")
+_CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "weights", "params")
+_CONTAINERS += ("state_dict_ema", "model_ema", "ema")
 
 
 class CheckpointError(ValueError):

@@ -6,10 +6,13 @@ the model, so that a file's tensors and the model's variables can be compared on
 all of them before the first is assigned.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import ml_dtypes
@@ -302,7 +305,8 @@ def read_tensors(path, limit=None):
     tensors = {
         name: tensor
         for name, tensor in _unwrapped(readers.read(path, limit), path).items()
-        if not name.endswith("relative_position_index")  # a constant, not a weight
+        # A constant, and the count that PyTorch's AveragedModel adds: no weights.
+        if not name.endswith("relative_position_index") and name != "n_averaged"
     }
     return _naming_of(tensors), tensors
 
@@ -313,9 +317,10 @@ def load_checkpoint(
     """Read a checkpoint into a model, all of it or nothing.
 
     Names that a wrapper has lengthened (`module.`, `model.`, `_orig_mod.`, `backbone.`) are
-    understood, and of a training script's file its first container out of `state_dict`,
-    `model`, `state_dict_ema` and `model_ema` is taken. LoRA adapters start anew on the weights
-    that are read.
+    understood, and of a training script's file the weights in `state_dict`, `model`,
+    `model_state_dict`, `net`, `weights` or `params` are taken, the first of these, and the
+    averaged ones (`state_dict_ema`, `model_ema`, `ema`) where there are no others. LoRA adapters
+    start anew on the weights that are read.
 
     Args:
         model: a built `GCViT`.
@@ -488,6 +493,40 @@ def _recolored(kernel, channels):
 # Writing.
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a path to write to; what is written takes the place of `path` when it is whole.
+
+    Args:
+        path: the file to write; what is written beside it under other names, as the parts of a
+            checkpoint, is put there first.
+
+    Raises:
+        OSError: if it cannot be written; the message names it, and what was there is unchanged.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} to.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file to write.")
+    folder = None
+    try:
+        # Hidden, and in the same folder: what is moved from there is never seen in part.
+        folder = Path(tempfile.mkdtemp(".part", ".", path.parent))
+        yield folder / path.name
+        for written in sorted(folder.iterdir(), key=lambda each: each.name == path.name):
+            with open(written, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(written, path.parent / written.name)
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written ({error.strerror or error}). What was there is unchanged."
+        ) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def save_safetensors(model, path, dtype="float32", metadata=None, naming="official"):
     """Write a model's weights as `.safetensors`, with a checksum in the header.
 
@@ -501,18 +540,18 @@ def save_safetensors(model, path, dtype="float32", metadata=None, naming="offici
     Raises:
         CheckpointError: for a quantized model, and for weights that are not finite, as after
             a training that diverged, or too large for float16. Nothing is written.
+        ValueError: for a name of another ending, by which it would be taken for another kind.
+        OSError: see `replacing`.
     """
+    if not os.fspath(path).endswith(".safetensors"):
+        raise ValueError(f"What is written is a .safetensors file; got {path}.")
     tensors = {}
     for spec in weight_specs(model):
         name, value = spec.names[naming], spec.value
         _check_range(value, dtype, f"{name} cannot be written to {path}: it holds")
         tensors[name] = np.ascontiguousarray(spec.to_torch(value, naming).astype(dtype))
-    unfinished = Path(f"{os.fspath(path)}.{os.getpid()}.part")
-    try:
+    with replacing(path) as unfinished:
         unfinished.write_bytes(readers.with_digest(tensors, metadata))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 # Presets' files.

@@ -1,12 +1,13 @@
 """How much of a chapter is run."""
 
+import re
+
 import pytest
 import tensorflow as tf
+from bs4 import BeautifulSoup
 
 from gcvit import book, fine_tuning
-from gcvit.fine_tuning import (
-    Photographs,
-)
+from gcvit.fine_tuning import Photographs
 
 
 @pytest.mark.parametrize("device", [None, "gpu", "tpu"])
@@ -45,3 +46,19 @@ def test_an_unknown_setting_is_refused(monkeypatch):
 
 def test_nobody_watches_a_test():
     assert not book.is_interactive() and book.verbosity() == 2
+
+
+def test_a_question_marks_the_computed_answer_and_opens_what_is_said_of_each_choice():
+    choices = {8: "Four windows in each <direction>.", 16: "All of them."}
+    soup = BeautifulSoup(book.check_yourself("How many?", 4 * 4, choices).data, "html.parser")
+    assert [item["class"] for item in soup.select("details")] == [["wrong"], ["right"]]
+    assert [item.text for item in soup.select("summary")] == ["8", "16"]
+    assert "Four windows in each <direction>." in soup.select_one(".wrong p").text
+
+
+@pytest.mark.parametrize(
+    "choices, said", [({1: "One.", 3: "Three."}, "2, is not among"), ({2: "Yes.", 3: " "}, "[3]")]
+)
+def test_a_question_without_its_answer_or_its_feedback_is_refused(choices, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        book.check_yourself("How many?", 2, choices)

@@ -221,3 +221,30 @@ def test_what_a_log_line_is(line):
 @pytest.mark.parametrize("line", ["loss: 0.5", "It warns: no", "E 12", "I0 = 3", "warnings 0"])
 def test_what_a_log_line_is_not(line):
     assert not LOG_LINE.search(line)
+
+
+def with_questions(site, choices, places):
+    """Put a question on the chapter's page for each place of the right one among the choices."""
+    questions = ""
+    for right in places:
+        items = [
+            f'<details class="{kind}"><summary>{choice}</summary></details>'
+            for i, choice in enumerate(choices)
+            for kind in ["right" if i == right else "wrong"]
+        ]
+        questions += f'<div class="check-yourself">{"".join(items)}</div>'
+    edited(site, "</figure>", "</figure>" + questions)
+
+
+@pytest.mark.parametrize(
+    "choices, places, fault",
+    [
+        ("aaa", [0, 1, 2] * 4, None),
+        ("aaa", [0, 0, 1] * 4, "Choice 1 is the right one in 67% of 12"),
+        (["aaaa", "a", "a"], [0, 0, 1, 2] * 3, "The longest choice is the right one in 6 of 12"),
+        ("aaa", [0] * 6, None),
+    ],
+)
+def test_no_place_and_no_length_gives_the_right_choice_away(site, choices, places, fault):
+    with_questions(site, choices, places)
+    assert (fault is None and found(site) == []) or any(fault in line for line in found(site))

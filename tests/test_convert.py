@@ -4,12 +4,21 @@ import os
 import keras
 import numpy as np
 import pytest
-from conftest import FIXTURES, SMALL, run, same_weights, small_model, state_of, weights_of
+from conftest import (
+    FIXTURES,
+    SMALL,
+    run,
+    same_weights,
+    small_model,
+    state_of,
+    weights_of,
+    write_safetensors,
+)
 
 from gcvit import PRESETS, CheckpointError, GCViT, load_checkpoint
 from gcvit.convert import architecture, convert, preset_of
 from gcvit.readers import training_notes
-from gcvit.weights import PACKAGED, read_tensors, save_safetensors
+from gcvit.weights import PACKAGED, read_tensors, save_safetensors, weight_specs
 
 RELEASE = FIXTURES / "release_layout_small.keras"
 ODD = {**SMALL, "mlp_ratio": 2.5, "num_heads": (2, 2, 4, 4), "depths": (1, 3, 2, 2)}
@@ -146,3 +155,26 @@ def test_what_only_the_file_tells_is_kept(tmp_path):
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", naming="timm", progress=False)
     assert training_notes(tmp_path / "b.safetensors") == notes
     assert architecture(tmp_path / "b.safetensors")["window_size"] == ((2, 3), 4)
+
+
+def test_what_no_tensor_tells_survives_the_way_by_safetensors(tmp_path):
+    arguments = {"window_size": ((2, 3),), "qk_scale": 0.3, "head_activation": "linear"}
+    model = GCViT(embed_dim=8, depths=(1,), num_heads=(2,), num_classes=3, **arguments)
+    model.build((None, 32, 48, 3))
+    model.save(tmp_path / "a.keras")
+    for source, target in (("a.keras", "b.safetensors"), ("b.safetensors", "c.keras")):
+        convert(tmp_path / source, tmp_path / target, progress=False)
+    again = keras.models.load_model(tmp_path / "c.keras")
+    assert again.window_size == ((2, 3),) and again.qk_scale == 0.3
+    images = np.random.default_rng(0).normal(size=(1, 32, 48, 3)).astype("float32")
+    np.testing.assert_allclose(run(again, images), run(model, images), atol=1e-6)
+
+
+def test_a_stem_of_no_known_shape_is_refused(tmp_path):
+    model = GCViT((4,), 8, (1,), (2,), num_classes=3)
+    model.build((None, 32, 32, 3))
+    state = {s.names["official"]: s.to_torch(s.value, "official") for s in weight_specs(model)}
+    state["patch_embed.proj.weight"] = np.zeros(8, "float32")
+    write_safetensors(tmp_path / "m.safetensors", state)
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        architecture(tmp_path / "m.safetensors")

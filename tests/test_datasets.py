@@ -256,6 +256,12 @@ def test_files_of_the_same_bytes_stay_in_one_part(folder):
     assert not train & validation and photos.train_size + photos.validation_size == 30
 
 
+def test_names_in_letters_of_another_system_are_read(folder):
+    (folder / "cats").rename(folder / "caf\udce9")  # as a disk from elsewhere has them
+    train, validation = contents(from_folder(folder))
+    assert len(train) + len(validation) == 20
+
+
 def corrupt(folder):
     whole = (folder / "cats" / "3.png").read_bytes()
     (folder / "cats" / "3.png").write_bytes(whole[: len(whole) // 2])

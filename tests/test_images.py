@@ -118,6 +118,27 @@ def test_the_camera_s_orientation_is_applied(tmp_path, short_side):
     assert read[:, half + 4 :].mean() > 240 and read[:, : half - 4].mean() < 15
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("orientation", [3, 5, 6, 8])
+def test_a_plain_tiff_is_turned_upright(tmp_path, mode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = picture().convert("L" if mode == "I;16" else mode)
+    expected = np.array(
+        ImageOps.exif_transpose(_with_orientation(stored, orientation)).convert("RGB")
+    )
+    if mode == "I;16":
+        stored = Image.fromarray(257 * np.asarray(stored).astype("uint16"))
+    stored.save(tmp_path / "turned.tif", exif=exif)
+    np.testing.assert_allclose(read_photograph(tmp_path / "turned.tif"), expected, atol=1)
+
+
+def _with_orientation(image, orientation):
+    image = image.copy()
+    image.getexif()[0x0112] = orientation
+    return image
+
+
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 def test_large_photographs_are_reduced_by_a_whole_factor(tmp_path, kind):
     path = tmp_path / f"large.{kind}"
@@ -216,3 +237,18 @@ def test_a_broken_tag_beside_the_orientation_does_no_harm(tmp_path, orientation)
     assert whole.count(before) == 1
     (tmp_path / "a.jpg").write_bytes(whole.replace(before, after))
     np.testing.assert_array_equal(read_photograph(tmp_path / "a.jpg"), upright)
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (np.zeros((4, 4)), r"\(height, width, 3\), in RGB; got shape \(4, 4\)"),
+        (np.zeros((4, 4, 4), "uint8"), r"got shape \(4, 4, 4\)"),
+        (np.full((4, 4, 3), 0.5), "these are 0 to 1: multiply by 255"),
+        (np.full((4, 4, 3), 40_000, "uint16"), "these are 40000 to 40000"),
+        (np.full((4, 4, 3), np.nan), "these are nan to nan"),
+    ],
+)
+def test_arrays_that_are_no_photographs_are_refused(image, message):
+    with pytest.raises(ValueError, match=message):
+        resize(image, 32)

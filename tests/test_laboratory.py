@@ -184,3 +184,11 @@ def test_what_the_runs_say():
     outcome = laboratory.Outcome(curve=(0.7, 0.5, 0.3, 0.1), accuracy=1.0, bits=0.9)
     assert laboratory.steps_to_learn(outcome) == 30
     assert laboratory.steps_to_learn(outcome, bits=0.99) is None
+
+
+def test_a_model_that_is_built_again_is_switched_once():
+    model = laboratory.Switched(**MAPS)
+    model.build((None, 32, 32, 3))
+    before = [vars(level).get("q_global") for level in model.levels]
+    model.build((None, 64, 64, 3))
+    assert [vars(level).get("q_global") for level in model.levels] == before and before[0]

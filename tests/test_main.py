@@ -387,9 +387,9 @@ def test_a_run_in_the_photographs_own_folder_can_be_run_again(tmp_path, monkeypa
     done = run_there(photos, f"train . {QUICK}", PYTHONIOENCODING="cp1252")
     assert done.returncode == 0, done.stderr[-2000:]
     assert rb"\u82b1" in done.stdout and b"starts from random weights." in done.stdout
-    (photos / "ph.safetensors.backup").mkdir()
-    (photos / "ph.safetensors.backup" / "run.part").write_bytes(b"PK")
-    (photos / "ph.safetensors.123.part").write_bytes(b"x")
+    for left in (".x.part", "ph.safetensors.backup/.x.part"):  # by a run that was killed
+        (photos / left).mkdir(parents=True)
+        (photos / left / "run.npz").write_bytes(b"PK")
     again = f"train . {QUICK} --weights ph.safetensors --out m.safetensors"
     done = run_there(photos, again)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -479,3 +479,23 @@ def test_a_classifier_of_four_channels_takes_no_photographs(tmp_path, capsys):
     Image.fromarray(data.camera()).save(tmp_path / "a.png")
     assert main(["predict", path, str(tmp_path / "a.png")]) == 1
     assert "takes images of 4 channels" in capsys.readouterr().err
+
+
+def test_an_output_of_another_kind_is_refused_before_the_photographs_are_read(tmp_path, capsys):
+    assert main(["train", str(tmp_path), "--out", str(tmp_path / "m.keras")]) == 1
+    assert "--out names a .safetensors file" in capsys.readouterr().err
+
+
+def test_a_folder_without_photographs_is_named(tmp_path, capsys):
+    assert main(["predict", str(NANO), str(tmp_path)]) == 1
+    assert f"{tmp_path} holds no photographs." in capsys.readouterr().err
+
+
+def test_an_error_of_the_system_becomes_a_sentence(tmp_path, capsys, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", "m.safetensors")
+
+    monkeypatch.setattr(fine_tuning, "load_classifier", refuse)
+    assert main(["predict", str(NANO), str(tmp_path)]) == 1
+    shown = capsys.readouterr().err
+    assert shown == "gcvit: m.safetensors cannot be used: Permission denied.\n"

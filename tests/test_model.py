@@ -493,3 +493,28 @@ def test_a_saved_models_optimizer_is_found_when_it_is_asked_for(tmp_path):
     read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     name, count = read.stdout.split()[-2:]
     assert (name, int(count)) == ("LayerwiseAdamW", len(model.optimizer.variables))
+
+
+def test_plain_fit_says_what_keras_passes_over():
+    model = tiny_model()
+    images, labels = RNG.normal(size=(4, 32, 32, 3)).astype("float32"), np.array([0, 1, 0, 1])
+    model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
+    with pytest.raises(ValueError, match="label 3 is outside the 3 classes"):
+        model.fit(images, labels + 2, verbose=0)
+    with pytest.raises(ValueError, match="not finite: look for NaN"):
+        model.fit(images * np.nan, labels, verbose=0)
+    model.norm.gamma.assign(np.full(16, np.nan))
+    with pytest.warns(UserWarning) as warned:
+        model.fit(100 * images, labels, verbose=0)
+    said = " ".join(str(each.message) for each in warned)
+    assert "The images are not normalized" in said and "In epoch 1 the loss is nan" in said
+    end = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: None)
+    assert len(model.fit(images, labels, epochs=2, callbacks=end, verbose=0).epoch) == 2
+
+
+def test_a_frozen_model_is_read_back_frozen(tmp_path):
+    model = tiny_model()
+    model.trainable = False
+    model.save(tmp_path / "m.keras")
+    again = keras.models.load_model(tmp_path / "m.keras")
+    assert not again.trainable and not again.trainable_weights

@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from notebooks import without_magics
+from notebooks import WIDTH, too_wide, without_magics
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +56,15 @@ def test_every_notebook_begins_with_the_same_cell():
     first = {code_cells(path)[0].source for path in NOTEBOOKS}
     assert len(first) == 1
     cell = first.pop()
-    assert f'%pip install --quiet "gcvit-book[chapters] @ git+{ADDRESS}"' in cell
+    assert f'repository = "git+{ADDRESS}"' in cell
+    assert '%pip install --quiet "gcvit-book[chapters] @ {repository}"' in cell
+
+
+def test_no_shown_line_is_cut_off():
+    for path in NOTEBOOKS:
+        assert list(too_wide(nbformat.read(path, as_version=4))) == [], path.name
+    wide = nbformat.v4.new_code_cell("#" * (WIDTH + 1), id="wide")
+    assert [name for name, _ in too_wide(nbformat.v4.new_notebook(cells=[wide]))] == ["wide"]
 
 
 def run_first_cell(monkeypatch, installed, colab, replaced=()):
@@ -124,6 +132,9 @@ def test_notebook_reads_well_outside_the_book_too(path):
             solved = {"solution", "exercise"} & set(cell.metadata.get("tags", []))
             assert solved or drawn.get("image", {}).get("alt"), cell.source[:80]
             assert solved or drawn.get("figure", {}).get("caption"), cell.source[:80]
+            chapter = path.stem.partition("-")[0]
+            name = drawn.get("figure", {}).get("name", f"fig-{chapter}-")
+            assert name.startswith(f"fig-{chapter}-"), name
 
 
 def test_citations_stand_in_the_bibliography():

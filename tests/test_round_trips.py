@@ -7,6 +7,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import pytest
 
 import gcvit
 from gcvit.weights import load_checkpoint, save_safetensors, sublayers, weight_specs
@@ -177,3 +178,62 @@ def test_every_form_of_every_model_is_read_back_or_refused_when_written(tmp_path
         print(f"{case:15}", *(f"{cell or '-':12}" for cell in row))
     assert set(refused) == REFUSED
     assert all("quantized" in text for text in refused.values())
+
+
+LEAVING = ("one channel", "bfloat16", "LoRA", "quantized")
+RUNNERS = {
+    "tensorflow": """
+import tensorflow as tf
+def run(path, images):
+    return tf.saved_model.load(path).serve(images).numpy()
+""",
+    "torch": """
+import onnxruntime
+def run(path, images):
+    session = onnxruntime.InferenceSession(path)
+    return session.run(None, {session.get_inputs()[0].name: images})[0]
+""",
+}
+"""What runs an exported file without Keras, by the backend that writes it."""
+
+RUN_ALL = """
+import pathlib, sys, numpy as np
+for given in pathlib.Path(sys.argv[1]).glob("*.images.npy"):
+    path = str(given).removesuffix(".images.npy")
+    np.save(path + ".output.npy", run(path, np.load(given)))
+assert "keras" not in sys.modules and "gcvit" not in sys.modules
+"""
+
+
+@pytest.mark.numerics
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="exports by way of TensorFlow")
+def test_what_leaves_keras_gives_the_same_or_is_refused_before_it_is_written(tmp_path):
+    """SavedModel on TensorFlow, ONNX on PyTorch."""
+    backend = keras.backend.backend()
+    if backend == "torch":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    expected = {}
+    for case in LEAVING:
+        options, change = CASES[case]
+        config = {"embed_dim": 8, "depths": (1,), "num_heads": (2,), "num_classes": 3}
+        model = built({**config, "window_size": (4,), "path_drop": 0.0, **options})
+        if change is not None:
+            change(model)
+        path = tmp_path / case.replace(" ", "-")
+        form = {"tensorflow": "tf_saved_model", "torch": "onnx"}[backend]
+        try:
+            model.export(path, format=form, verbose=False)
+        except ValueError as error:
+            assert "cannot write some part of this model as ONNX" in str(error)
+            assert not path.exists() and case in ("bfloat16", "quantized")
+            continue
+        np.save(f"{path}.images.npy", images_for(model))
+        expected[f"{path}.output.npy"] = output_of(model)
+    command = [sys.executable, "-c", RUNNERS[backend] + RUN_ALL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(expected) >= 2
+    for path, output in expected.items():
+        tolerance = 0.02 if "bfloat16" in path else 1e-5
+        np.testing.assert_allclose(np.load(path), output, atol=tolerance, err_msg=path)

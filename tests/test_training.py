@@ -352,3 +352,10 @@ def test_images_and_labels_that_do_not_fit_are_refused_before_training(two_class
     wide = fine_tuning.one_hot(run.validation, 3)
     with pytest.raises(ValueError, match="labels are of 3 classes, the model's 2"):
         fine_tuning.fit(plain_model(), dataclasses.replace(run, validation=wide), verbose=0)
+
+
+def test_images_with_nan_are_refused_before_training(two_classes):
+    run = fine_tuning.original(plain_model(), two_classes[0], 32, 1, 8)
+    spoiled = run.validation.map(lambda images, labels: (images * np.nan, labels))
+    with pytest.raises(ValueError, match="not finite: look for NaN"):
+        fine_tuning.fit(plain_model(), dataclasses.replace(run, validation=spoiled), verbose=0)

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -19,7 +20,8 @@ from conftest import (
     write_safetensors,
 )
 
-from gcvit import PRESETS, CheckpointError, GCViT, load_checkpoint
+from gcvit import PRESETS, CheckpointError, GCViT, load_checkpoint, readers
+from gcvit.fine_tuning.training import write_whole
 from gcvit.readers import training_notes
 from gcvit.weights import PACKAGED, save_safetensors, sublayers, weight_specs
 
@@ -227,11 +229,13 @@ def test_a_path_is_taken_for_weights(official_file):
 def test_half_precision_file_is_half_the_size(tmp_path):
     model = small_model()
     for dtype in ("float32", "float16"):
-        save_safetensors(model, tmp_path / dtype, dtype=dtype, metadata={"made": "here"})
-    sizes = [os.path.getsize(tmp_path / dtype) for dtype in ("float16", "float32")]
+        save_safetensors(
+            model, tmp_path / f"{dtype}.safetensors", dtype=dtype, metadata={"made": "here"}
+        )
+    sizes = [os.path.getsize(tmp_path / f"{each}.safetensors") for each in ("float16", "float32")]
     assert sizes[0] < 0.6 * sizes[1]
-    assert training_notes(tmp_path / "float16") == {"made": "here"}
-    assert sorted(os.listdir(tmp_path)) == ["float16", "float32"]
+    assert training_notes(tmp_path / "float16.safetensors") == {"made": "here"}
+    assert sorted(os.listdir(tmp_path)) == ["float16.safetensors", "float32.safetensors"]
 
 
 def test_shipped_checkpoint_is_the_one_that_the_preset_names():
@@ -350,11 +354,19 @@ def test_bfloat16_is_read(tmp_path, tiny_state, other):
     assert has_state(other, {name: value.astype("float32") for name, value in half.items()})
 
 
-@pytest.mark.parametrize("container", ["state_dict", "model", "state_dict_ema", "model_ema"])
+@pytest.mark.parametrize("container", readers._CONTAINERS)
 def test_containers_of_training_scripts_are_known(container, tmp_path, tiny_state, other):
     torch = pytest.importorskip("torch")
     state = {f"module.{n}": torch.from_numpy(v) for n, v in tiny_state.items()}
     torch.save({"epoch": 3, "optimizer": {"lr": 0.1}, container: state}, tmp_path / "m.pth")
+    load_checkpoint(other, tmp_path / "m.pth")
+    assert has_state(other, tiny_state)
+
+
+def test_the_count_beside_averaged_weights_is_no_weight(tmp_path, tiny_state, other):
+    torch = pytest.importorskip("torch")
+    state = {f"module.{n}": torch.from_numpy(v) for n, v in tiny_state.items()}
+    torch.save({"n_averaged": torch.tensor(7), **state}, tmp_path / "m.pth")
     load_checkpoint(other, tmp_path / "m.pth")
     assert has_state(other, tiny_state)
 
@@ -457,3 +469,35 @@ def test_the_first_kernel_is_fitted_to_other_colors_when_asked_for(tmp_path, tin
 def _with_state(model, folder):
     load_checkpoint(model, folder / "m.safetensors")
     return model
+
+
+def breaks_off(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+WRITERS = {
+    "m.safetensors": (lambda m, p: save_safetensors(m, p), "gcvit.readers.with_digest"),
+    "m.keras": (lambda m, p: m.save(p), "zipfile.ZipFile.close"),
+    "m.weights.h5": (lambda m, p: m.save_weights(p), "h5py.File.close"),
+    "run.npz": (lambda m, p: write_whole(p, a=np.zeros(9)), "numpy.savez"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_disk_that_is_full_leaves_the_old_file(name, tmp_path, monkeypatch, tiny):
+    write, last_step = WRITERS[name]
+    write(tiny, tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(last_step, breaks_off)
+        with pytest.raises(OSError, match=f"{name} cannot be written .No space left on device"):
+            write(tiny, tmp_path / name)
+    assert (tmp_path / name).read_bytes() == whole and os.listdir(tmp_path) == [name]
+
+
+def test_what_is_written_has_the_ending_of_its_kind_and_a_folder(tmp_path, tiny):
+    with pytest.raises(ValueError, match=r"a .safetensors file; got .*m\.keras"):
+        save_safetensors(tiny, tmp_path / "m.keras")
+    with pytest.raises(FileNotFoundError, match="There is no folder .*nowhere to write m.keras"):
+        tiny.save(tmp_path / "nowhere" / "m.keras")
+    assert os.listdir(tmp_path) == []

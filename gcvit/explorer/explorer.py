@@ -19,8 +19,17 @@ from gcvit.fine_tuning import load_classifier
 from gcvit.images import normalize
 from gcvit.readers import training_notes
 
-PIECES = ("page.html", "explorer.css", "explorer.js", "engine.js", "worker.js")
-"""Files that the page that runs the model is put together from."""
+WORKER = (
+    *("engine.js", "model.js", "readers.js", "images.js", "explain.js"),
+    *("worker.js", "numbers.js"),
+)
+"""Files that the worker is put together from, which runs the model."""
+
+PAGE = ("drawing.js", "loading.js", "panels.js", "attention.js", "switches.js", "explorer.js")
+"""Files that the script of the page is put together from."""
+
+BOOK = "https://gcvit-book.github.io/gcvit-book/"
+"""Where the chapters are, for a page that does not lie beside them."""
 
 EXAMPLE_SIDE = 256
 """Pixels that the shorter side of an example photograph is reduced to."""
@@ -175,14 +184,41 @@ def _answer_item(name, probability):
     )
 
 
-def run_here(path, examples, image_size=None, address=None):
+def _text(name):
+    return Path(__file__).with_name(name).read_text("utf-8")
+
+
+def _filled(template, pieces):
+    """Put pieces into their places in a template; what has no piece stays a place."""
+    return re.sub(r"\{\{ (\w+) \}\}", lambda place: pieces.get(place[1], place[0]), template)
+
+
+def as_plain_script(modules):
+    """Return the text of modules, one behind the other, without imports and exports."""
+    return re.sub(r"^(import |export \{).*\n|^export ", "", modules, flags=re.M)
+
+
+def _scripts():
+    """Return the worker's script and the page's, each as one text.
+
+    A page that was opened as a file may start plain scripts as workers, and no modules.
+    """
+    worker = as_plain_script("\n".join(map(_text, WORKER)))
+    # What one page declares must not meet what another one on the same page does.
+    page = "\n".join(map(_text, PAGE))
+    return worker, f'(() => {{\n"use strict";\n{page}}})();\n'
+
+
+def run_here(path, examples, image_size=None, address=None, small=False):
     """Return a piece of a web page that runs a model itself, without a server.
 
     At once, and where scripts do not run, the page shows what the model says about the first
     example, as Keras computes it here. When a button is pressed the checkpoint is loaded, and
     the reader chooses a photograph, and sees the answer and every step to it: the maps of the
-    levels, the global query, whom a token attends to, the gates, and where the answer comes
-    from. Parts of the model can be switched. No photograph leaves the device.
+    levels, the global query, whom a token attends to, the gates, where the answer comes from,
+    and the arithmetic behind each weight and each gate. Parts of the model can be switched,
+    after a prediction if the reader likes. What `save_classifier` wrote can be opened in the
+    checkpoint's place. No photograph and no checkpoint leaves the device.
 
     Args:
         path: the checkpoint, a `.safetensors` file whose header has the `config` and the
@@ -192,7 +228,10 @@ def run_here(path, examples, image_size=None, address=None):
         image_size: side of the image that the model is given in pixels, or its (height,
             width); default: the header's `image_size`.
         address: where the page finds what `checkpoint_script` returned, relative to itself;
-            default `None`: the checkpoint is part of the page.
+            default `None`: the checkpoint is part of the page. A page with an address lies
+            beside the book's chapters, and links to them there.
+        small: whether to show the answer and where the global query looks, and no more;
+            default `False`.
 
     Returns:
         A `Page`, which a notebook shows.
@@ -225,19 +264,22 @@ def run_here(path, examples, image_size=None, address=None):
         "heat": [to_hex(color) for color in heat],
         "note": f"loads the model, {len(script) / 1e6:.1f} MB, and runs it on this device.",
     }
-    texts = {name: Path(__file__).with_name(name).read_text("utf-8") for name in PIECES}
     first = next(iter(examples))
     classifier = load_classifier(path, checkpoint["imageSize"])
+    worker, script = _scripts()
     pieces = {
-        "css": texts["explorer.css"],
+        "css": _text("explorer.css"),
         "name": html.escape(first),
         "image": addresses[first],
         "answers": "".join(
             _answer_item(*answer) for answer in _answers(classifier, as_stored(examples[first]))
         ),
+        "instead": "" if small else "; the figure below shows the same for one token",
+        "panels": _text("small.html" if small else "full.html"),
+        "book": BOOK if address is None else "",
         "settings": json.dumps(settings, separators=(",", ":")).replace("<", "\\u003c"),
-        # A page that was opened as a file may start plain scripts as workers, and no modules.
-        "worker": re.sub("^export ", "", texts["engine.js"], flags=re.M) + texts["worker.js"],
-        "script": texts["explorer.js"],
+        "worker": worker,
+        "script": script,
     }
-    return Page(re.sub(r"\{\{ (\w+) \}\}", lambda match: pieces[match[1]], texts["page.html"]))
+    page = _filled(_text("page.html"), {"panels": pieces.pop("panels")})
+    return Page(_filled(page, pieces))

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import re
 import stat
 from pathlib import Path
 
@@ -260,12 +259,9 @@ def is_junk(path):
 
 
 def _is_output(path, is_folder):
-    """Tell whether `gcvit train` has written this: a model, a part of one, or a backup."""
+    """Tell whether `gcvit train` has written this: a model, or a backup."""
     if is_folder:
-        inside = {each.name for each in path.iterdir()} if path.suffix == ".backup" else {""}
-        return inside <= {"run.npz", "run.part"}
-    if re.search(r"\.\d+\.part$", path.name):
-        return True
+        return path.suffix == ".backup" and {each.name for each in _entries(path)} <= {"run.npz"}
     with open(path, "rb") as file:
         # A .safetensors file begins with eight bytes for the length of a header in JSON.
         if file.read(9)[8:] != b"{":
@@ -394,12 +390,16 @@ def photographs_in(paths):
     """Return files, and the files in folders, in their order, without junk.
 
     Raises:
-        DatasetError: if there is no such file or folder, or one inside cannot be opened.
+        DatasetError: if there is no such file or folder, or one inside cannot be opened, or if
+            a folder holds none.
     """
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            files += _files_in(path)
+            inside = _files_in(path)
+            if not inside:
+                raise DatasetError(f"{path} holds no photographs.")
+            files += inside
         elif path.exists():
             files.append(path)
         else:
@@ -447,7 +447,8 @@ def from_folder(folder, validation_split=0.1, seed=0, short_side=SHORT_SIDE):
     for label, paths in enumerate(files.values()):
         split = _split({path: digests[path] for path in paths}, validation_split, rng)
         for part, chosen in zip(parts, split, strict=True):
-            part.extend((os.fspath(path), label) for path in chosen)
+            # Bytes: TensorFlow takes no name whose letters are not of the system's encoding.
+            part.extend((os.fsencode(path), label) for path in chosen)
     sets = []
     for part in parts:
         # Class after class would leave the shuffling, which looks a few hundred ahead,

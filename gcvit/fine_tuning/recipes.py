@@ -5,6 +5,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from gcvit.checks import labels_within
 from gcvit.fine_tuning.pipeline import (
     every_epoch,
     flip,
@@ -17,7 +18,6 @@ from gcvit.fine_tuning.pipeline import (
 from gcvit.fine_tuning.training import (
     Run,
     TrainingState,
-    check_labels,
     jit_compile,
     make_variables,
 )
@@ -116,7 +116,8 @@ def _steps(photos, batch_size):
 def _epochs(photos, settings, augment=flip):
     """Return what gives the batches of all epochs from one on, by its number."""
     names = ("image_size", "batch_size", "seed", "crop")
-    options = {"train": True, "augment": augment, **{name: settings[name] for name in names}}
+    options = {"train": True, "augment": augment, "smallest": settings.get("smallest")}
+    options |= {name: settings[name] for name in names}
 
     def one_pass(epoch):
         batches = make_dataset(photos.train, epoch=epoch, **options)
@@ -132,7 +133,7 @@ def _run(model, photos, batches, validation, settings, backup, **keeping):
     `TrainingState`.
     """
     # None of them is decoded for this, and the losses would take other labels without a word.
-    check_labels(list(photos.train_labels.as_numpy_iterator()), len(photos.class_names))
+    labels_within(list(photos.train_labels.as_numpy_iterator()), len(photos.class_names))
     batch_size = settings["batch_size"]
     if _distributed():
         validation = pad_last_batch(validation, batch_size, photos.validation_size)
@@ -182,7 +183,8 @@ def original(model, photos, image_size, epochs=5, batch_size=32, crop=1.0, backu
 
 def finetune(
     model, photos, image_size, epochs=5, batch_size=32, crop=1.0, backup=None, seed=0,
-    peak=1e-3, layer_decay=0.75, strength=0.2, patience=3,
+    peak=1e-3, layer_decay=0.75, smallest=None, strength=0.2, mixing=True, averaging=True,
+    patience=3,
 ):  # fmt: skip
     """Prepare a recipe that holds on to what the pretrained model knows.
 
@@ -201,7 +203,10 @@ def finetune(
         peak: highest learning rate; default 1e-3.
         layer_decay: see `layer_rates`; default 0.75. From random weights there is nothing
             to hold on to: 1.
-        strength: see `rand_augment`; default 0.2.
+        smallest: see `make_dataset`; default `None`.
+        strength: see `rand_augment`; default 0.2; 0: photographs are mirrored, no more.
+        mixing: whether to `mix` the batches; default `True`.
+        averaging: whether to average the weights; default `True`.
         patience: epochs without a lower validation loss after which it stops; default 3;
             `None`: it does not.
 
@@ -210,7 +215,8 @@ def finetune(
     """
     settings = {"recipe": "finetune", "image_size": image_size, "epochs": epochs}
     settings |= {"batch_size": batch_size, "crop": crop, "seed": seed}
-    settings |= {"peak": peak, "layer_decay": layer_decay, "strength": strength}
+    settings |= {"peak": peak, "layer_decay": layer_decay, "smallest": smallest}
+    settings |= {"strength": strength, "mixing": mixing, "averaging": averaging}
     classes = len(photos.class_names)
     steps = _steps(photos, batch_size)
     tenth = epochs * steps / 10
@@ -218,7 +224,7 @@ def finetune(
         warmup_cosine(peak, int(tenth), epochs * steps),
         rates=layer_rates(model, layer_decay),
         global_clipnorm=1.0,
-        use_ema=True,
+        use_ema=averaging,
         ema_momentum=1 - 1 / max(tenth, 2),  # the average spans a tenth of the run
     )
     model.compile(
@@ -228,10 +234,11 @@ def finetune(
         jit_compile=jit_compile(),
     )
     make_variables(model, np.zeros((1, classes)), classes)
-    passes = _epochs(photos, settings, rand_augment(strength))
+    passes = _epochs(photos, settings, rand_augment(strength) if strength else flip)
 
     def batches(first):
-        return mix(one_hot(passes(first), classes), seed, first * steps)
+        labeled = one_hot(passes(first), classes)
+        return mix(labeled, seed, first * steps) if mixing else labeled
 
     validation = make_dataset(photos.validation, image_size, batch_size, crop=crop)
     validation = one_hot(validation, classes)

@@ -3,7 +3,6 @@
 import collections.abc
 import dataclasses
 import json
-import os
 import re
 from pathlib import Path
 
@@ -12,7 +11,9 @@ import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
+from gcvit.checks import labels_within, not_normalized
 from gcvit.fast import device_kinds
+from gcvit.weights import replacing
 
 
 def accelerator():
@@ -214,12 +215,8 @@ def assign(variables, values):
 def write_whole(file, **arrays):
     """Write arrays as `.npz`; the file is whole or the one before, never a part."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".part")
-    with open(unfinished, "wb") as stream:
+    with replacing(file) as unfinished, open(unfinished, "wb") as stream:
         np.savez(stream, **arrays)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(unfinished, file)
 
 
 @dataclasses.dataclass
@@ -322,27 +319,14 @@ def check_batch(model, images, labels):
         images: array (batch, height, width, channels).
         labels: array (batch,) of integers, or one-hot (batch, classes).
     """
-    largest = np.abs(images).max()
-    if largest > 20:  # normalized ones stay below 3
-        raise ValueError(
-            f"The images are not normalized: their numbers go up to {largest:g}. Pass "
-            "photographs of 0 to 255 through gcvit.images.normalize."
-        )
+    sentence = not_normalized(images)
+    if sentence:
+        raise ValueError(sentence)
     classes = model.compute_output_shape(images.shape)[-1]
     if labels.ndim == 2 and labels.shape[-1] != classes:
         raise ValueError(f"The labels are of {labels.shape[-1]} classes, the model's {classes}.")
     if labels.ndim == 1:
-        check_labels(labels, classes)
-
-
-def check_labels(labels, classes):
-    """Raise a `ValueError` unless all labels are from 0 to `classes` - 1."""
-    labels = np.asarray(labels)
-    outside = labels[(labels < 0) | (labels >= classes)]
-    if outside.size:
-        raise ValueError(
-            f"The label {outside[0]} is outside the {classes} classes, 0 to {classes - 1}."
-        )
+        labels_within(labels, classes)
 
 
 def make_variables(model, labels, classes):

@@ -2,8 +2,9 @@
 
     python tools/book/accessibility.py [PAGE ...]
 
-Each page is opened wide and narrow, in light and in dark. Findings that axe calls serious or
-critical end in exit code 1. axe-core comes from the npm registry; its version is below.
+Each page is opened wide and narrow, in light and in dark; one that runs the model is looked at
+before it does and while it does. Findings that axe calls serious or critical end in exit code 1.
+axe-core comes from the npm registry; its version is below.
 """
 
 import argparse
@@ -22,6 +23,13 @@ AXE = "axe-core@4.14.1"
 WIDTHS = {"wide": 1400, "narrow": 390}
 SCHEMES = ("light", "dark")
 GRAVE = ("serious", "critical")
+ANSWERED = """
+() => [...document.querySelectorAll(".gcvit-page .said")].every(
+  (status) => status.textContent.includes("computed in"))
+"""
+UNFOLD = """
+for (const folded of document.querySelectorAll(".gcvit-page details")) folded.open = true
+"""
 RUN = """
 async (scheme) => {
   document.documentElement.dataset.mode = document.documentElement.dataset.theme = scheme;
@@ -52,7 +60,15 @@ def findings(browser, script, page, width, scheme):
     with contextlib.closing(browser.new_page(viewport=viewport, color_scheme=scheme)) as opened:
         opened.goto(page.resolve().as_uri())
         opened.evaluate(f"{script}; 0")
-        return opened.evaluate(RUN, scheme)
+        seen = opened.evaluate(RUN, scheme)
+        if models := opened.locator(".gcvit-page .load").all():
+            for button in models:
+                button.click()
+            opened.wait_for_function(ANSWERED)
+            opened.evaluate(UNFOLD)
+            opened.wait_for_selector(".gate-sums p, .looks figure")
+            seen += opened.evaluate(RUN, scheme)
+        return seen
 
 
 def main():

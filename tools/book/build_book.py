@@ -31,6 +31,9 @@ CACHE, STATE = BUILD / ".jupyter_cache", BUILD / "state.txt"
 LOCK = ROOT / "requirements-lock.txt"
 DOCTREES = BUILD / ".doctrees"
 KERNEL_LOG = BUILD / "kernels.log"
+PLACE_OF_MODEL = re.compile("(<!-- model -->).*(<!-- end of model -->)", re.S)
+"""Where the opening page runs the model: two comments, and what an earlier build put there."""
+
 CONFIG, TOC, HTML = ROOT / "_config.yml", ROOT / "_toc.yml", BUILD / "html"
 SETTINGS = ("GCVIT_RUN", "TFDS_DATA_DIR", "KERAS_BACKEND", "KERAS_HOME")
 
@@ -164,6 +167,33 @@ def share_checkpoints(html):
         shared.write_text(explorer.checkpoint_script(path), encoding="ascii")
 
 
+def show_model():
+    """Let the opening page run the model, in small.
+
+    Raises:
+        ValueError: if the page has no place for it.
+    """
+    from gcvit import PRESETS, explain, explorer
+    from gcvit.weights import PACKAGED
+
+    preset = PRESETS["gcvit_nano"]
+    path = PACKAGED / next(iter(preset["weights"].values()))["file"]
+    piece = explorer.run_here(
+        path,
+        {"cat": explain.photograph(256)},
+        preset["image_size"],
+        explorer.checkpoint_address(path),
+        small=True,
+    )
+    index = HTML / "index.html"
+    text, places = PLACE_OF_MODEL.subn(
+        lambda place: place[1] + piece.html + place[2], index.read_text(encoding="utf-8")
+    )
+    if places != 1:
+        raise ValueError(f"{index} has {places} places for the model, not one.")
+    index.write_text(text, encoding="utf-8")
+
+
 def fail(message):
     """End, and let no page of an earlier build pass for the new book."""
     (HTML / "index.html").unlink(missing_ok=True)
@@ -211,6 +241,7 @@ def main():
         drop_outputs()
     drop_leftovers()
     share_checkpoints(HTML)
+    show_model()
     if faults := project_faults(HTML):
         fail("\n".join(["The book was built, but is not as it should be:", *faults]))
     minutes, seconds = divmod(round(time.monotonic() - began), 60)

@@ -23,6 +23,9 @@ HEAVIEST_PAGE = 1_500_000
 HEAVIEST_BOOK = 25_000_000
 """Bytes of all that is published."""
 
+FEWEST_QUESTIONS = 12
+"""Questions with choices from which on their answers may not be guessed by their place."""
+
 MADE_BY_SPHINX = {"genindex", "search"}
 TAKEN_ALONG = {"gcvit-book.epub", "gcvit-book.pdf"}
 """Files that make epub and make pdf make of the pages, and publish.yml puts beside them."""
@@ -247,6 +250,29 @@ def weight_faults(page, html):
         yield f"weighs {weight:,} bytes with its images; {HEAVIEST_PAGE:,} are allowed"
 
 
+def question_faults(pages):
+    """Look for what would give the right choices away: their length, or their place.
+
+    A book of few questions cannot be judged.
+    """
+    questions = [q for page in pages for q in page.article.select(".check-yourself")]
+    choices = [[len(item.get_text()) for item in q.select("summary")] for q in questions]
+    right = [[*q.select("details")].index(q.select_one(".right")) for q in questions]
+    if len(questions) < FEWEST_QUESTIONS:
+        return
+    longest = sum(
+        all(sizes[at] > size for i, size in enumerate(sizes) if i != at)
+        for sizes, at in zip(choices, right, strict=True)
+    )
+    if longest > 0.4 * len(questions):
+        yield f"The longest choice is the right one in {longest} of {len(questions)} questions."
+    for place in range(max(map(len, choices))):
+        share = right.count(place) / len(questions)
+        if not 0.15 <= share <= 0.4:
+            right_in = f"{share:.0%} of {len(questions)} questions"
+            yield f"Choice {place + 1} is the right one in {right_in}."
+
+
 def repository_files(config, root):
     """Return what maps a link into this repository on GitHub or Colab to the file here."""
     address = config["repository"]["url"].removeprefix("https://")
@@ -290,6 +316,7 @@ def faults(html, toc, in_repository=lambda reference: None):
         ]
         lines += [f"{page.name} {fault}" for part in parts for fault in part]
     lines += shared_file_faults(html)
+    lines += question_faults(pages.values())
     weight = sum(path.stat().st_size for path in html.rglob("*") if path.is_file())
     if weight > HEAVIEST_BOOK:
         lines.append(f"The book weighs {weight:,} bytes; {HEAVIEST_BOOK:,} are allowed.")

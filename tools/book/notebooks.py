@@ -3,7 +3,8 @@
     python tools/book/notebooks.py format   # rewrite what is not
     python tools/book/notebooks.py check    # say what is not; exit 1 if anything
 
-A cell keeps its id for ever; a cell without one gets one.
+A cell keeps its id for ever; a cell without one gets one. Lines that ruff cannot break to WIDTH
+fail both.
 """
 
 import argparse
@@ -70,6 +71,15 @@ def tidied(notebook):
     return notebook
 
 
+def too_wide(notebook):
+    """Yield the id and text of each code line over WIDTH: ruff breaks no string and no comment."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            for line in cell.source.splitlines():
+                if len(line) > WIDTH:
+                    yield cell.id, line
+
+
 def written(notebook):
     """Return the text of a notebook's file."""
     return nbformat.writes(notebook, indent=1).rstrip() + "\n"
@@ -90,17 +100,21 @@ def main():
     parser.add_argument("action", choices=["format", "check"])
     parser.add_argument("files", nargs="*", type=Path)
     arguments = parser.parse_args()
-    wrong = []
+    wrong, wide = [], 0
     for path in arguments.files or sorted(BOOK.glob("*.ipynb")):
         before = path.read_text(encoding="utf-8")
-        after = written(tidied(nbformat.reads(before, as_version=4)))
+        notebook = tidied(nbformat.reads(before, as_version=4))
+        after = written(notebook)
         if before != after:
             wrong.append(path)
             if arguments.action == "format":
                 path.write_text(after, encoding="utf-8")
+        for name, line in too_wide(notebook):
+            wide += 1
+            print(f"{path}, cell {name}: {len(line)} characters, at most {WIDTH}: {line.strip()}")
     for path in wrong:
         print(f"{path}: {'formatted' if arguments.action == 'format' else 'needs formatting'}")
-    sys.exit(bool(wrong) and arguments.action == "check")
+    sys.exit(bool(wide or (wrong and arguments.action == "check")))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ BUILD = ROOT / "_build"
 STYLE, PAPER = (Path(__file__).with_name(f"take_along{part}.css") for part in ("", "_paper"))
 COVER = {"width": 800, "height": 1200}
 NEEDS_A_BROWSER = "script, style, button, summary, .headerlink, .toctree-wrapper"
-INTERACTIVE = ".cell_output > .output:has(script, canvas, iframe)"
+INTERACTIVE = ".cell_output > .output:has(script, canvas, iframe), .gcvit-page:not(.cell_output *)"
 WRAPPERS = (
     "details, .pst-scrollable-table-container, a.image-reference, "
     "pre .n, pre .nn, pre .p, pre .w"  # what is as black as the rest of the code

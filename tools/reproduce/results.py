@@ -3,6 +3,8 @@
 import importlib.metadata
 import os
 import platform
+import shlex
+import sys
 from pathlib import Path
 
 
@@ -25,6 +27,12 @@ def versions(names):
     """Return {name: version} of those distributions that are installed."""
     installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     return {name: installed[name] for name in names if name in installed}
+
+
+def command(tool):
+    """Return how a tool was called, without where the files lie on this machine."""
+    given = [Path(x).name if Path(x).is_absolute() else x for x in sys.argv[1:]]
+    return shlex.join(["python", f"tools/reproduce/{tool}", *given])
 
 
 def write(texts):
