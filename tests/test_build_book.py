@@ -81,7 +81,7 @@ def project(folder, **chapters):
     )
 
 
-def test_the_pages_find_the_checkpoint_beside_them(book, monkeypatch):
+def test_the_pages_find_the_checkpoint_beside_them(book):
     (book / "gcvit" / "checkpoints").mkdir()
     (book / "gcvit" / "checkpoints" / "nano.safetensors").write_bytes(b"\x00weights")
     (book / "html").mkdir()
@@ -90,22 +90,21 @@ def test_the_pages_find_the_checkpoint_beside_them(book, monkeypatch):
     assert '["nano.safetensors"]="AHdlaWdodHM=";' in shared.read_text()
 
 
-def test_the_opening_page_runs_the_model_in_small(book, monkeypatch):
+def test_the_opening_page_runs_the_model_in_small(book):
     source = (ROOT / "book" / "index.md").read_text(encoding="utf-8")
     place = build_book.PLACE_OF_MODEL.search(source)[0]
     (book / "html").mkdir()
-    monkeypatch.setattr(build_book, "HTML", book / "html")
     index = book / "html" / "index.html"
     index.write_text(f"<p>before</p>{place}<p>after</p>", encoding="utf-8")
-    build_book.show_model()
+    build_book.show_model(book / "html")
     text = index.read_text(encoding="utf-8")
     assert text.startswith("<p>before</p>") and text.endswith("<p>after</p>")
     assert text.count('class="gcvit-page"') == 1 and 'href="10-explorer.html"' in text
-    build_book.show_model()  # the page is not written anew by each build
+    build_book.show_model(book / "html")  # the page is not written anew by each build
     assert index.read_text(encoding="utf-8") == text
     index.write_text("no place", encoding="utf-8")
     with pytest.raises(ValueError, match="index.html has 0 places for the model, not one"):
-        build_book.show_model()
+        build_book.show_model(book / "html")
 
 
 def test_an_error_names_the_chapter_and_the_cell(tmp_path):

@@ -73,6 +73,29 @@ FIRST = "<h1"
 CDN = "https://cdn.org"
 
 
+WAYS_TO_LOAD = [
+    f'<link rel="preconnect" href="{CDN}/x">',
+    f'<link rel="alternate stylesheet" href="{CDN}/x">',
+    f'<link rel="preload" as="image" imagesrcset="a 1x, {CDN}/x 2x">',
+    f'<svg aria-hidden="true"><use href="{CDN}/x"></use></svg>',
+    f'<svg aria-hidden="true"><image xlink:href="{CDN}/x"></image></svg>',
+    f'<video poster="{CDN}/x"></video>',
+    f'<iframe src=" {CDN}/x"></iframe>',
+    f'<iframe srcdoc="&lt;img src={CDN}/x&gt;"></iframe>',
+    f'<meta http-equiv="refresh" content="0; url={CDN}/x">',
+    f'<style>p {{ background: image-set("a" 1x, "{CDN}/x" 2x) }}</style>',
+    f"<style>p {{ background: URL( {CDN}/x ) }}</style>",
+    f'<script type="module">import {{ a }} from "{CDN}/x"</script>',
+    f'<script type="module">import "{CDN}/x"</script>',
+    f"<script>import('{CDN}/x')</script>",
+    f'<script>fetch( "{CDN}/x")</script>',
+    f"<script>new Worker(`{CDN}/x`)</script>",
+    f'<script>new Image().src = "{CDN}/x"</script>',
+    f'<script>image.setAttribute("src", "{CDN}/x")</script>',
+    f'<script type="importmap">{{"imports": {{"a": "{CDN}/x"}}}}</script>',
+]
+
+
 @pytest.mark.parametrize(
     "old, new, fault",
     [
@@ -108,6 +131,7 @@ CDN = "https://cdn.org"
         (FIRST, f'<img alt="A." src="data:," srcset="a 1x, {CDN}/x.png 2x">', f"{CDN}/x.png"),
         (FIRST, f"<style>@import '{CDN}/x.css';</style>", f"loads {CDN}/x.css"),
         (FIRST, f'<p style="background: url({CDN}/x.png)"></p>', f"loads {CDN}/x.png"),
+        *((FIRST, piece, f"loads {CDN}/x from elsewhere") for piece in WAYS_TO_LOAD),
         (FIRST, '<header class="bd-header"></header>', "has the theme's header"),
         (FIRST, '<button class="search-button-field"></button>' * 2, "more than one search box"),
     ],
@@ -124,6 +148,8 @@ def test_addresses_that_nothing_asks_for_are_left_alone(site):
     links = (
         f'<link rel="canonical" href="{CDN}"><dialog><i class="search-button-field"></i></dialog>'
     )
+    links += f'<script type="application/json">{{"from": "{CDN}"}}</script>'
+    links += f'<script>const home = "{CDN}"; open(home)</script><style>/* url({CDN}) */</style>'
     edited(site, "<h1", f'{links}<a class="search-button-field" href="{CDN}">there</a><h1')
     assert found(site) == []
 
@@ -135,6 +161,10 @@ def test_a_style_sheet_that_loads_from_elsewhere(site):
     assert found(site) == []
     sheet.write_text(f"@font-face {{ src: url('{CDN}/x.woff') }}")
     assert found(site) == [f"_static/theme.css loads {CDN}/x.woff from elsewhere"]
+    sheet.write_text(f"/* {CDN} */ a {{ background: url(data:image/svg+xml,<svg xmlns='{CDN}'>) }}")
+    assert found(site) == []
+    (site / "html" / "_static" / "page.js").write_text(f'// {CDN}\nimport "{CDN}/x.js"')
+    assert found(site) == [f"_static/page.js loads {CDN}/x.js from elsewhere"]
 
 
 def test_a_page_weighs_what_its_images_weigh(site):

@@ -167,7 +167,7 @@ def share_checkpoints(html):
         shared.write_text(explorer.checkpoint_script(path), encoding="ascii")
 
 
-def show_model():
+def show_model(html):
     """Let the opening page run the model, in small.
 
     Raises:
@@ -185,7 +185,7 @@ def show_model():
         explorer.checkpoint_address(path),
         small=True,
     )
-    index = HTML / "index.html"
+    index = html / "index.html"
     text, places = PLACE_OF_MODEL.subn(
         lambda place: place[1] + piece.html + place[2], index.read_text(encoding="utf-8")
     )
@@ -241,7 +241,7 @@ def main():
         drop_outputs()
     drop_leftovers()
     share_checkpoints(HTML)
-    show_model()
+    show_model(HTML)
     if faults := project_faults(HTML):
         fail("\n".join(["The book was built, but is not as it should be:", *faults]))
     minutes, seconds = divmod(round(time.monotonic() - began), 60)

@@ -39,8 +39,13 @@ LOG_LINE = re.compile(
 RAW_MARKDOWN = re.compile(
     r":::|`{3}|^\.\. [\w-]+::|\{[a-z][\w:-]*\}$|\{[a-z][\w:-]*\}`|\]\(|\$\$", re.M
 )
-ELSEWHERE = re.compile(r"(?:[a-z]+:)?//", re.I)
-CSS_ADDRESS = re.compile(r"""(?:url\(\s*|@import\s+)["']?([^"')\s;]+)""")
+ELSEWHERE = re.compile(r"\s*(?:[a-z]+:)?[/\\]{2}", re.I)
+CSS_STRING = re.compile(r"""url\(\s*([^"'\s)][^)]*)|"([^"]*)"|'([^']*)'""", re.I)
+SCRIPT_ADDRESS = re.compile(
+    r"""(?:\b(?:import|from|fetch|importScripts|Worker|EventSource|WebSocket|sendBeacon)\b\s*\(?"""
+    r"""|\.(?:src|href)\s*=|["'](?:src|href)["']\s*,)\s*["'`]([^"'`]*)"""
+)
+SCRIPT_TYPES = {"", "module", "text/javascript", "application/javascript"}
 NAMES_ONLY = {"canonical", "author", "license", "next", "prev", "index", "search", "alternate"}
 """Relations of a link whose address the browser does not ask for."""
 
@@ -150,33 +155,57 @@ def image_faults(page, html):
             yield "has a drawing (svg) without a title or an aria-label"
 
 
-def loaded(soup):
-    """Yield the addresses that a page makes the browser ask for, whatever the reader does."""
-    for tag in soup.find_all(["script", "img", "source", "video", "audio", "embed", "iframe"]):
-        yield tag.get("src")
-        yield from (part.split()[0] for part in tag.get("srcset", "").split(",") if part.strip())
-    for tag in soup.find_all("link"):
-        if not NAMES_ONLY.intersection(tag.get("rel", ())):
-            yield tag.get("href")
-    for tag in soup.find_all("object"):
+def loaded_by_css(text):
+    """Yield the strings of a style sheet, addresses among them: `url()` is not all that loads."""
+    for strings in CSS_STRING.findall(re.sub(r"/\*.*?\*/", "", text, flags=re.S)):
+        yield "".join(strings)
+
+
+def loaded_by_tag(tag):
+    """Yield the addresses that one tag makes the browser ask for, whatever the reader does."""
+    for name in ("src", "poster", "background"):
+        yield tag.get(name)
+    for name in ("srcset", "imagesrcset"):
+        yield from (part.split()[0] for part in tag.get(name, "").split(",") if part.strip())
+    if tag.name == "object":
         yield tag.get("data")
-    for text in [*soup.find_all("style"), *(t["style"] for t in soup.find_all(style=True))]:
-        yield from CSS_ADDRESS.findall(getattr(text, "text", text))
+    names_only = tag.name == "link" and set(tag.get("rel", ())) <= NAMES_ONLY
+    if tag.name not in ("a", "area") and not names_only:
+        yield tag.get("href")
+        yield tag.get("xlink:href")
+    if tag.name == "meta" and tag.get("http-equiv", "").lower() == "refresh":
+        yield tag.get("content", "").partition("=")[2].strip(" '\"")
+
+
+def loaded(soup):
+    """Yield the addresses that a page makes the browser ask for, as far as its text tells."""
+    for tag in soup.find_all(True):
+        yield from loaded_by_tag(tag)
+        yield from loaded_by_css(tag.get("style", ""))
+        if tag.name == "style":
+            yield from loaded_by_css(tag.text)
+        elif tag.name == "script" and tag.get("type", "") in SCRIPT_TYPES:
+            yield from SCRIPT_ADDRESS.findall(tag.text)
+        elif tag.name == "script" and tag["type"] == "importmap":
+            yield from re.findall('"([^"]*)"', tag.text)
+        if tag.get("srcdoc"):
+            yield from loaded(BeautifulSoup(tag["srcdoc"], "html.parser"))
 
 
 def elsewhere_faults(page):
     """Look for what is loaded from other places: without a network it would be missing."""
     for reference in loaded(page.soup):
         if reference and ELSEWHERE.match(reference):
-            yield f"loads {reference[:100]} from elsewhere"
+            yield f"loads {reference.strip()[:100]} from elsewhere"
 
 
-def style_faults(html):
-    """Look for the same in the style sheets."""
-    for path in sorted(html.rglob("*.css")):
-        for reference in CSS_ADDRESS.findall(path.read_text(encoding="utf-8")):
-            if ELSEWHERE.match(reference):
-                yield f"{path.relative_to(html)} loads {reference[:100]} from elsewhere"
+def shared_file_faults(html):
+    """Look for the same in the style sheets and the scripts."""
+    for pattern, addresses in (("*.css", loaded_by_css), ("*.js", SCRIPT_ADDRESS.findall)):
+        for path in sorted(html.rglob(pattern)):
+            for reference in addresses(path.read_text(encoding="utf-8")):
+                if ELSEWHERE.match(reference):
+                    yield f"{path.relative_to(html)} loads {reference[:100]} from elsewhere"
 
 
 def header_faults(page):
@@ -286,7 +315,7 @@ def faults(html, toc, in_repository=lambda reference: None):
             header_faults(page),
         ]
         lines += [f"{page.name} {fault}" for part in parts for fault in part]
-    lines += style_faults(html)
+    lines += shared_file_faults(html)
     lines += question_faults(pages.values())
     weight = sum(path.stat().st_size for path in html.rglob("*") if path.is_file())
     if weight > HEAVIEST_BOOK:

@@ -23,6 +23,7 @@ from build_book import (
     drop_stale,
     fill_cache,
     share_checkpoints,
+    show_model,
     state,
 )
 from check_html import project_faults
@@ -118,7 +119,9 @@ def main():
     command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going"]
     command += ["-c", PLAIN, "-d", PLAIN / "doctrees", BOOK, html]
     built = subprocess.run(list(map(str, command)), check=False).returncode == 0
-    share_checkpoints(html)
+    if built:
+        share_checkpoints(html)
+        show_model(html)
     faults = project_faults(html)
     print("\n".join(["What the check of the pages says:", *(faults or ["nothing"])]))
     sys.exit(None if built and not faults else 1)
