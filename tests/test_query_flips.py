@@ -1,5 +1,6 @@
 """The tool that counts what switches change computes what the layers do."""
 
+import functools
 import json
 import sys
 
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A model of two levels whose weights are large enough for switches to show."""
-    config = {"embed_dim": 8, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 6}
+    config = {"embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 6}
     model = GCViT(window_size=(2, 4), **config)
     model.build((None, 64, 64, 3))
     rng = np.random.default_rng(0)
@@ -76,8 +77,8 @@ def test_each_arm_is_what_the_stand_ins_compute(folder, checkpoint, tmp_path, mo
     assert result["as_trained"]["accuracy"] == round((usual.argmax(-1) == labels).mean(), 4)
     names = [(row["switch"], str(row["value"]), row["part"]) for row in result["switched"]]
     # Of two levels and of both: three queries, no bias, three of faults; gates in three ways,
-    # which the stem has too; the second level's windows; three heads in two blocks each.
-    assert len(set(names)) == len(names) == 3 * (3 + 1 + 3) + 3 * 4 + 1 + 6
+    # which the stem has too; the second level's windows; six heads in two blocks each.
+    assert len(set(names)) == len(names) == 3 * (3 + 1 + 3) + 3 * 4 + 1 + 12
     assert set(names) == set(answers)
     for row, name in zip(result["switched"], names, strict=True):
         probabilities = np.concatenate(answers[name])
@@ -86,30 +87,25 @@ def test_each_arm_is_what_the_stand_ins_compute(folder, checkpoint, tmp_path, mo
 
     first, second = model.levels
     queries = to_numpy(second.q_global(first(model.patch_embed(images[:4]))))
+    attention = second.blocks[0].attn
+
+    def without_a_head(*given):
+        q, k, v = type(attention).query_key_value(attention, *given)
+        return q, k, v * np.float32([1, 0, 1, 1])[:, None, None]
+
+    def in_parts(attn):
+        bias = type(attn).relative_position_bias(attn)
+        return bias + laboratory.block_mask(4, 2)
+
+    windows = [
+        (block.attn, "relative_position_bias", functools.partial(in_parts, block.attn))
+        for block in second.blocks
+    ]
+    before = [(second, "q_global", lambda x: np.roll(queries, 1, axis=0))]
     cases = {
-        ("query", "of the image before", "levels.1"): [
-            (second, "q_global", lambda x: np.roll(queries, 1, axis=0))
-        ],
-        ("part", "2", "levels.1"): [
-            (
-                block.attn,
-                "relative_position_bias",
-                lambda attn=block.attn: (
-                    type(attn).relative_position_bias(attn) + laboratory.block_mask(4, 2)
-                ),
-            )
-            for block in second.blocks
-        ],
-        ("headsOff", "[1]", "levels.1.blocks.0"): [
-            (
-                second.blocks[0].attn,
-                "query_key_value",
-                lambda x, attn=second.blocks[0].attn: (
-                    *type(attn).query_key_value(attn, x)[:2],
-                    type(attn).query_key_value(attn, x)[2] * np.float32([1, 0])[:, None, None],
-                ),
-            )
-        ],
+        ("query", "of the image before", "levels.1"): before,
+        ("part", "2", "levels.1"): windows,
+        ("headsOff", "[1]", "levels.1.blocks.0"): [(attention, "query_key_value", without_a_head)],
     }
     for name, patches in cases.items():
         with pytest.MonkeyPatch.context() as patch:
