@@ -46,7 +46,7 @@ function switchPanel(page) {
     return chosen;
   };
   const text = () => JSON.stringify(page.switches());
-  page.isSwitched = () => text() !== '{}';
+  page.isSwitched = () => text() !== "{}";
 
   const isBox = (control) => control.type === "checkbox";
   const remember = () => {
