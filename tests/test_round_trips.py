@@ -185,7 +185,8 @@ RUNNERS = {
     "tensorflow": """
 import tensorflow as tf
 def run(path, images):
-    return tf.saved_model.load(path).serve(images).numpy()
+    model = tf.saved_model.load(path)  # what it gives does not keep it
+    return model.serve(images).numpy()
 """,
     "torch": """
 import onnxruntime
