@@ -175,7 +175,7 @@ def tiny_model(classes=2, **overrides):
     """Build a model of one level, for images of 32 px."""
     config = {"window_size": (8,), "embed_dim": 8, "depths": (2,), "num_heads": (2,)}
     model = GCViT(**{**config, "num_classes": classes, "path_drop": 0.0, **overrides})
-    model.build((None, 32, 32, 3))
+    model.build((None, 32, 32, model.in_channels))
     return model
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import serving
+from conftest import serving, tiny_model
 from keras import ops
 from PIL import Image
 
@@ -476,6 +476,17 @@ def test_the_readers_own_checkpoint(open_page, run_here, own, small, by):
     page.wait_for_selector("canvas.global[aria-label='This level has no global block.']")
     change(page, lambda: page.click("text=Back to the book's model"))
     assert_answers(page, predict(model, as_seen(decoded(html, "cat"))))
+
+
+def test_a_checkpoint_that_takes_shades_of_gray(open_page, run_here, tmp_path):
+    model = tiny_model(len(OWN), in_channels=1)
+    save_classifier(tmp_path / "own.safetensors", model, OWN, 32)
+    classifier = load_classifier(tmp_path / "own.safetensors")
+    image = classifier.prepare(np.asarray(decoded(run_here.read_text(), "cat")))
+    page = open_page(run_here)
+    drop(page, tmp_path / "own.safetensors")  # in place of the book's model
+    opened(page)
+    assert_answers(page, predict(classifier.model, image[None]), classes=OWN)
 
 
 def drop(page, path):
