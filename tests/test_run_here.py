@@ -73,7 +73,7 @@ def examples():
 @pytest.fixture(scope="module")
 def run_here(checkpoint, examples, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "page.html"
-    write(path, explorer.run_here(checkpoint, examples).html)
+    write(path, explorer.run_here(checkpoint, examples))
     return path
 
 
@@ -670,7 +670,7 @@ def test_a_photograph_is_pasted_or_dropped_before_the_model_is_there(
 
 @pytest.mark.parametrize("scripts", [True, False])
 def test_the_small_page(open_page, checkpoint, examples, small, tmp_path, scripts):
-    html = explorer.run_here(checkpoint, examples, small=True).html
+    html = explorer.run_here(checkpoint, examples, small=True)
     write(tmp_path / "page.html", html)
     wanted = predict(small[0], as_seen(decoded(html, "cat")))
     page = open_page(tmp_path / "page.html", width=390, java_script_enabled=scripts)
@@ -732,10 +732,10 @@ def test_pages_share_one_copy_of_the_checkpoint(
     browser, open_page, checkpoint, examples, small, tmp_path, over
 ):
     page = explorer.run_here(checkpoint, examples, address="shared.txt")
-    write(tmp_path / "page.html", page.html)
-    assert len(page.html) < 200_000
+    write(tmp_path / "page.html", page)
+    assert len(page) < 200_000
     (tmp_path / "shared.txt").write_text(explorer.checkpoint_script(checkpoint))
-    wanted = predict(small[0], as_seen(decoded(page.html, "cat")))
+    wanted = predict(small[0], as_seen(decoded(page, "cat")))
     if over == "file":
         assert_answers(open_and_run(open_page, tmp_path / "page.html"), wanted)
         return
@@ -751,7 +751,7 @@ def test_pages_share_one_copy_of_the_checkpoint(
 def test_a_checkpoint_that_is_not_there_can_be_asked_for_again(
     browser, checkpoint, examples, tmp_path, over
 ):
-    html = explorer.run_here(checkpoint, examples, address="shared.txt").html
+    html = explorer.run_here(checkpoint, examples, address="shared.txt")
     write(tmp_path / "page.html", html)
     handler = functools.partial(Quiet, directory=tmp_path)
     with serving(handler) as server, contextlib.closing(browser.new_page()) as page:
@@ -798,6 +798,6 @@ def test_run_here_refuses_what_it_cannot_run(checkpoint, small, tmp_path):
 
 def test_the_image_may_have_another_size(open_page, checkpoint, examples, small, tmp_path):
     page = explorer.run_here(checkpoint, examples, image_size=(48, 80))
-    write(tmp_path / "page.html", page.html)
-    wanted = predict(small[0], as_seen(decoded(page.html, "cat"), (48, 80)))
+    write(tmp_path / "page.html", page)
+    wanted = predict(small[0], as_seen(decoded(page, "cat"), (48, 80)))
     assert_answers(open_and_run(open_page, tmp_path / "page.html"), wanted)

@@ -1,7 +1,6 @@
 """Chapter 10: the model in the page, and a figure of what it shows."""
 
 from gcvit.explorer.explorer import (
-    Page,
     as_stored,
     checkpoint_address,
     checkpoint_script,
@@ -11,7 +10,6 @@ from gcvit.explorer.explorer import (
 )
 
 __all__ = [
-    "Page",
     "as_stored",
     "checkpoint_address",
     "checkpoint_script",

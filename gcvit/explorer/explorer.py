@@ -99,23 +99,6 @@ def picture(model, image, point=(0.5, 0.5)):
     return figure
 
 
-class Page:
-    """A piece of a web page that a notebook shows in place.
-
-    Args:
-        html: the piece, as text.
-    """
-
-    def __init__(self, html):
-        self.html = html
-
-    def _repr_html_(self):
-        return self.html
-
-    def __repr__(self):
-        return f"Page of {len(self.html.encode()):,} bytes"
-
-
 def checkpoint_script(path):
     """Return a checkpoint as a script, which pages load from one place that they share.
 
@@ -234,7 +217,7 @@ def run_here(path, examples, image_size=None, address=None, small=False):
             default `False`.
 
     Returns:
-        A `Page`, which a notebook shows.
+        Text, HTML.
 
     Raises:
         ValueError: for a checkpoint whose header lacks something, or without an example.
@@ -282,4 +265,4 @@ def run_here(path, examples, image_size=None, address=None, small=False):
         "script": script,
     }
     page = _filled(_text("page.html"), {"panels": pieces.pop("panels")})
-    return Page(_filled(page, pieces))
+    return _filled(page, pieces)

@@ -187,7 +187,7 @@ def show_model(html):
     )
     index = html / "index.html"
     text, places = PLACE_OF_MODEL.subn(
-        lambda place: place[1] + piece.html + place[2], index.read_text(encoding="utf-8")
+        lambda place: place[1] + piece + place[2], index.read_text(encoding="utf-8")
     )
     if places != 1:
         raise ValueError(f"{index} has {places} places for the model, not one.")
