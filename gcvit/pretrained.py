@@ -386,6 +386,8 @@ def _export_onnx(model, filepath, **kwargs):
     kwargs = {"dynamo": True, "dynamic_shapes": (({0: torch.export.Dim("batch")},),), **kwargs}
     training = model.training
     try:
+        if model.compute_dtype == "bfloat16":
+            raise TypeError("ONNX has no convolutions of bfloat16")  # and would be written
         with checkpoints.replacing(filepath) as unfinished:
             torch.onnx.export(model.eval(), (images,), os.fspath(unfinished), **kwargs)
     except (ImportError, OSError):
