@@ -246,8 +246,8 @@ class PretrainedModel(keras.Model):
             type_check: without effect: see `keras.Model.quantize`.
 
         Raises:
-            ValueError: for another mode, or a model that computes in half precision, before
-                anything is changed.
+            ValueError: for another mode, or a model that computes in half precision, is not built
+                or is quantized already, before anything is changed.
         """
         if mode != "int8":
             raise ValueError(f'A GCViT is quantized by model.quantize("int8"); got {mode!r}.')
@@ -256,11 +256,18 @@ class PretrainedModel(keras.Model):
                 f"A GCViT is quantized from float32; this one computes in {self.compute_dtype}. "
                 "Build it without dtype, read the weights, then quantize."
             )
+        if not self.built:
+            raise ValueError("Build the model before it is quantized: its weights are rounded.")
+        if any(getattr(layer, "quantization_mode", None) for _, layer in self._parts()):
+            raise ValueError("The model is quantized already.")
         with warnings.catch_warnings():
             # Keras warns of each layer that has no eight bits, two hundred in the smallest model.
             warnings.filterwarnings("ignore", message=".*quantize")
             # The layers of `fast` have the weights of Keras's own: no need to check the class.
             super().quantize(mode, config=config, filters=filters, type_check=False)
+
+    def _check_quantize_args(self, mode, compute_dtype):
+        """Leave it to `quantize`, whose sentence names the way out: Keras calls this before it."""
 
     # Other forms of the model.
 
@@ -379,6 +386,8 @@ def _export_onnx(model, filepath, **kwargs):
     kwargs = {"dynamo": True, "dynamic_shapes": (({0: torch.export.Dim("batch")},),), **kwargs}
     training = model.training
     try:
+        if model.compute_dtype == "bfloat16":
+            raise TypeError("ONNX has no convolutions of bfloat16")  # and would be written
         with checkpoints.replacing(filepath) as unfinished:
             torch.onnx.export(model.eval(), (images,), os.fspath(unfinished), **kwargs)
     except (ImportError, OSError):

@@ -518,3 +518,21 @@ def test_a_frozen_model_is_read_back_frozen(tmp_path):
     model.save(tmp_path / "m.keras")
     again = keras.models.load_model(tmp_path / "m.keras")
     assert not again.trainable and not again.trainable_weights
+
+
+@pytest.mark.parametrize("dtype", ["float16", "mixed_float16", "bfloat16"])
+def test_to_quantize_half_precision_is_refused_with_the_way_out(dtype):
+    model = GCViT((2,), 8, (1,), (1,), num_classes=3, dtype=dtype)
+    model.build((None, 32, 32, 3))
+    with pytest.raises(ValueError, match=r"quantized from float32; .* Build it without dtype"):
+        model.quantize("int8")
+
+
+def test_a_model_is_quantized_once_and_after_it_is_built():
+    model = GCViT((2,), 8, (1,), (1,), num_classes=3)
+    with pytest.raises(ValueError, match="Build the model before"):
+        model.quantize("int8")
+    model.build((None, 32, 32, 3))
+    model.quantize("int8")
+    with pytest.raises(ValueError, match="quantized already"):
+        model.quantize("int8")

@@ -71,7 +71,7 @@ PEOPLE_MEET = {
 """Where the exceptions come from that ordinary use leads to, and their names there."""
 
 SAY_ALL_THEMSELVES = ("Windows can only be scaled", "Unknown .*: ", "There is no file or folder")
-SAY_ALL_THEMSELVES += (".* holds no photographs.",)
+SAY_ALL_THEMSELVES += (".* holds no photographs.", "Build the model", "The model is quantized")
 """How the messages begin that need no page."""
 
 
