@@ -153,8 +153,9 @@ def test_what_only_the_file_tells_is_kept(tmp_path):
     notes = {"classes": "[1]", "config": json.dumps(config)}
     save_safetensors(model, tmp_path / "a.safetensors", metadata=notes)
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", naming="timm", progress=False)
-    assert training_notes(tmp_path / "b.safetensors") == notes
-    assert architecture(tmp_path / "b.safetensors")["window_size"] == ((2, 3), 4)
+    written = training_notes(tmp_path / "b.safetensors")
+    assert written["classes"] == notes["classes"]
+    assert config.items() <= architecture(tmp_path / "b.safetensors").items()
 
 
 def test_what_no_tensor_tells_survives_the_way_by_safetensors(tmp_path):
