@@ -35,7 +35,7 @@ from gcvit.weights import PACKAGED, save_safetensors
 PHASES = {
     # From 64 px on: two thirds of a 128 px step would be spent on pixels that were made up.
     "64px-a": {"image_size": 64, "steps": 4800, "rates": (2e-3, 1.5e-3), "schedule": 7400},
-    "64px-b": {"image_size": 64, "steps": 14800, "rates": (1.65e-3, 8e-4), "schedule": 14800},
+    "64px-b": {"image_size": 64, "steps": 6800, "rates": (1.65e-3, 8e-4), "schedule": 14800},
     "128px": {"image_size": 128, "steps": 4000, "rates": (8e-4, 0.0), "schedule": 4000},
 }
 """What is trained, in order, in batches of 128: 742 steps see all images once. `rates`: the highest
