@@ -22,7 +22,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
-from results import hardware, versions, write
+from results import command, hardware, versions, write
 
 from gcvit import GCViT
 from gcvit.book import verbosity
@@ -219,7 +219,7 @@ def main():
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text(encoding="utf-8"))
     results |= {
-        "command": "python tools/reproduce/transfer.py",
+        "command": command(Path(__file__).name),
         "hardware": hardware(),
         "versions": versions(("keras", "tensorflow", "numpy")),
         "photographs": "tf_flowers: train[:80%], train[80%:90%], train[90%:]",
