@@ -1,19 +1,17 @@
-"""Name the flower on a photograph: python examples/predict.py PHOTOGRAPH"""
+"""Say what is on a photograph: python examples/predict.py PHOTOGRAPH"""
 
-import json
 import sys
 
 import numpy as np
 
 from gcvit import PRESETS, GCViT
 from gcvit.images import normalize, read_photograph, resize
-from gcvit.readers import training_notes
+from gcvit.readers import class_names
 from gcvit.weights import locate
 
-preset = PRESETS["gcvit_nano"]  # ships with the package, and knows five kinds of flowers
-notes = training_notes(locate(preset["weights"]["flowers"]))
-names = json.loads(notes["classes"])
-model = GCViT.from_preset("gcvit_nano", weights="flowers")
+preset = PRESETS["gcvit_nano"]  # ships with the package, and knows 200 everyday things
+names = class_names(locate(preset["weights"]["tiny_imagenet"]))
+model = GCViT.from_preset("gcvit_nano")
 
 photograph = read_photograph(sys.argv[1])  # (height, width, 3) uint8
 image = normalize(resize(photograph, preset["image_size"], preset["crop"]))

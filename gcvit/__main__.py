@@ -19,11 +19,11 @@ import numpy as np
 from gcvit import fine_tuning
 from gcvit.convert import FORMATS
 from gcvit.convert import convert as convert_checkpoint
-from gcvit.fine_tuning.classifier import json_text, parsed_json
+from gcvit.fine_tuning.classifier import json_text
 from gcvit.fine_tuning.datasets import FLOWERS_ARCHIVE, flowers_folder, short_side_for
 from gcvit.model import GCViT
 from gcvit.presets import PRESETS
-from gcvit.readers import training_notes
+from gcvit.readers import class_names
 from gcvit.weights import locate, looks_like_path
 
 INTERRUPTED = 130
@@ -225,7 +225,7 @@ def _classes_in(preset, weights):
     file = Path(weights if looks_like_path(weights) else locate(entry) if "file" in entry else "")
     if file.suffix != ".safetensors" or not file.is_file():  # only these say so
         return None
-    return parsed_json(training_notes(file).get("classes", "null"))
+    return class_names(file)
 
 
 def _print_result(result):
@@ -255,7 +255,7 @@ def predict_arguments(parser):
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a file that train has written, or gcvit_nano, which ships and knows five flowers",
+        help="a file that train has written, or gcvit_nano, which ships and knows 200 things",
     )
     parser.add_argument(
         "images", nargs="+", type=Path, metavar="IMAGE", help="photographs, or folders of them"

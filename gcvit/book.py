@@ -107,7 +107,6 @@ def train_config(photos):
     notes = [
         f"GCVIT_RUN is {setting}, and there is {'a ' + device if device else 'no accelerator'}: "
         f"this is the {name} run.",
-        *([] if imagenet else _notes_on_nano(photos)),
     ]
     used = photos.take(train_size, validation_size)
     if used.train_size < photos.train_size or used.validation_size < photos.validation_size:
@@ -118,7 +117,7 @@ def train_config(photos):
         )
     return TrainConfig(
         name,
-        *(("gcvit_xxtiny", "imagenet") if imagenet else ("gcvit_nano", "flowers")),
+        *(("gcvit_xxtiny", "imagenet") if imagenet else ("gcvit_nano", "tiny_imagenet")),
         train_size,
         validation_size,
         1 if name == "brief" else epochs,
@@ -126,20 +125,6 @@ def train_config(photos):
         "original" if full else "finetune",
         tuple(notes),
     )
-
-
-def _notes_on_nano(photos):
-    yield (
-        "The ImageNet weights cannot be had here, so the model is gcvit_nano, which ships "
-        "with the book."
-    )
-    if photos.name == "tf_flowers":
-        yield (
-            "It was trained on the training part of these very flowers: with a new head "
-            "it relearns the head, and that is no test of transfer to new data."
-        )
-    else:
-        yield "It was trained on flowers, so what follows is transfer to new data."
 
 
 def check_yourself(question, answer, choices):

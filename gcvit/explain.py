@@ -6,10 +6,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from gcvit.fetch import FetchError
 from gcvit.images import resize
 from gcvit.model import GCViT
 from gcvit.presets import PRESETS
+from gcvit.readers import class_names
+from gcvit.weights import locate
+
+TRAINED = "gcvit_nano"
 
 
 def photograph(size=224):
@@ -26,30 +29,18 @@ def photograph(size=224):
     return resize(chelsea(), size).astype("float32")
 
 
-def trained_model(image_size=None):
-    """Return a model with trained weights, and a sentence or two that say which.
+def trained_model():
+    """Return the model that the chapters look into, and the side of its images in pixels.
 
-    The ImageNet weights of `gcvit_xxtiny` where they can be had, else the checkpoint that
-    ships with the package, `gcvit_nano` trained on flowers. Never random weights.
-
-    Args:
-        image_size: see `GCViT.from_preset`; default: the preset's own.
-
-    Returns:
-        (model, side of the images it is for in pixels, sentence).
+    It is `gcvit_nano` with the weights that ship with the package: trained on Tiny ImageNet,
+    200 classes, from random weights by `tools/reproduce/train_nano.py`.
     """
-    try:
-        preset, weights = "gcvit_xxtiny", "imagenet"
-        model = GCViT.from_preset(preset, weights, image_size=image_size)
-        sentence = "The model is gcvit_xxtiny with ImageNet weights."
-    except FetchError:
-        preset, weights = "gcvit_nano", "flowers"
-        model = GCViT.from_preset(preset, weights, image_size=image_size)
-        sentence = (
-            "The ImageNet weights cannot be reached from here, so the model is gcvit_nano.\n"
-            "It ships with this book and was trained on photographs of flowers."
-        )
-    return model, image_size or PRESETS[preset]["image_size"], sentence
+    return GCViT.from_preset(TRAINED), PRESETS[TRAINED]["image_size"]
+
+
+def trained_classes():
+    """Return the names of `trained_model`'s 200 classes, in the order of its probabilities."""
+    return class_names(locate(next(iter(PRESETS[TRAINED]["weights"].values()))))
 
 
 def source(thing):

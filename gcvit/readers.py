@@ -352,6 +352,19 @@ def training_notes(path):
     return {name: text for name, text in metadata(path).items() if name != _DIGEST}
 
 
+def parsed_json(text):
+    """Return what a text of JSON holds, or the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def class_names(path):
+    """Return the names of the classes that a `.safetensors` checkpoint tells apart, or `None`."""
+    return parsed_json(training_notes(path).get("classes", "null"))
+
+
 def with_digest(tensors, metadata=None):
     """Return the bytes of a `.safetensors` file that carries a checksum of its values.
 

@@ -94,11 +94,11 @@ def test_half_precision_and_other_windows(tmp_path, official_file):
 
 
 def test_the_shipped_checkpoint_is_a_nano(tmp_path):
-    source = PACKAGED / PRESETS["gcvit_nano"]["weights"]["flowers"]["file"]
+    source = PACKAGED / PRESETS["gcvit_nano"]["weights"]["tiny_imagenet"]["file"]
     done = convert(source, tmp_path / "nano.weights.h5", progress=False)
     assert done.preset == "gcvit_nano" and done.parameters == PRESETS["gcvit_nano"]["parameters"]
     twin = GCViT.from_preset("gcvit_nano", weights=str(tmp_path / "nano.weights.h5"))
-    assert same_weights(twin, weights_of(GCViT.from_preset("gcvit_nano", "flowers")))
+    assert same_weights(twin, weights_of(GCViT.from_preset("gcvit_nano")))
 
 
 @pytest.mark.parametrize(

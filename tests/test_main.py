@@ -21,7 +21,7 @@ from gcvit.images import MEAN, STD, normalize, resize
 from gcvit.readers import CheckpointError, training_notes
 from gcvit.weights import PACKAGED
 
-NANO = PACKAGED / "gcvit_nano-flowers.safetensors"
+NANO = PACKAGED / "gcvit_nano-tiny_imagenet.safetensors"
 
 
 def write_classes(folder, names=("dark", "bright"), count=8):
@@ -238,7 +238,7 @@ def test_a_classifier_s_file_is_text_and_tensors(tmp_path):
 
 
 def test_convert_writes_reads_again_and_says_what_it_did(tmp_path, capsys):
-    shipped = PACKAGED / "gcvit_nano-flowers.safetensors"
+    shipped = PACKAGED / "gcvit_nano-tiny_imagenet.safetensors"
     out = tmp_path / "nano.weights.h5"
     assert main(["convert", str(shipped), str(out)]) == 0
     shown = capsys.readouterr().out
@@ -406,7 +406,7 @@ def test_a_run_in_the_photographs_own_folder_can_be_run_again(tmp_path, monkeypa
 
 def test_the_classes_of_the_weights_that_ship_are_known():
     preset = PRESETS["gcvit_nano"]
-    assert _classes_in(preset, "flowers") == json.loads(training_notes(NANO)["classes"])
+    assert _classes_in(preset, "tiny_imagenet") == json.loads(training_notes(NANO)["classes"])
     assert _classes_in(PRESETS["gcvit_xxtiny"], "imagenet") is None
     assert _classes_in(preset, "none") is None and _classes_in(preset, "m.keras") is None
 

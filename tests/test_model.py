@@ -288,7 +288,7 @@ def test_half_precision_trains_a_step(policy):
         (lambda m: small_model(window_size=(7, 7, 14, 0)), "window_size must be a positive"),
         (lambda m: small_model(path_drop=1.0), r"path_drop must be in \[0, 1\)"),
         (lambda m: GCViT.from_preset("gcvit_xxtny"), "Nearest: gcvit_xxtiny"),
-        (lambda m: GCViT.from_preset("gcvit_nano", "flower"), "Nearest: flowers"),
+        (lambda m: GCViT.from_preset("gcvit_nano", "tiny_imagenets"), "Nearest: tiny_imagenet"),
     ],
 )
 def test_what_does_not_fit_is_named(model, call, message):
@@ -298,7 +298,7 @@ def test_what_does_not_fit_is_named(model, call, message):
 
 @slow_on_jax
 def test_the_shipped_checkpoint_loads_without_a_network():
-    model = GCViT.from_preset("gcvit_nano", weights="flowers")
+    model = GCViT.from_preset("gcvit_nano")
     probabilities = run(model, np.zeros((1, 128, 128, 3), "float32"))
     np.testing.assert_allclose(probabilities.sum(), 1, atol=1e-5)
 
@@ -313,8 +313,8 @@ def test_features_make_a_functional_model(model, small_images):
 
 @slow_on_jax
 def test_a_new_head_is_new_even_with_as_many_classes(capsys):
-    old = GCViT.from_preset("gcvit_nano", "flowers")
-    new = GCViT.from_preset("gcvit_nano", "flowers", new_head=True)
+    old = GCViT.from_preset("gcvit_nano")
+    new = GCViT.from_preset("gcvit_nano", new_head=True)
     assert "The head, of 5 classes, starts at random." in capsys.readouterr().out
     pairs = list(zip(old.weights, new.weights, strict=True))
     same = [np.array_equal(to_numpy(a), to_numpy(b)) for a, b in pairs]
@@ -346,7 +346,7 @@ def test_without_top_come_the_last_map_and_its_mean(model, small_images):
 
 @slow_on_jax
 def test_a_head_on_the_maps_of_a_frozen_backbone_trains():
-    backbone = GCViT.from_preset("gcvit_nano", "flowers")
+    backbone = GCViT.from_preset("gcvit_nano")
     backbone.trainable = False
     before = backbone.get_weights()
     given = keras.Input((64, 64, 3))

@@ -86,7 +86,7 @@ def test_it_works_where_it_is_installed(installed):
 import importlib.metadata, gcvit, keras, numpy as np
 print(gcvit.__file__)
 print(importlib.metadata.version("gcvit-book"))
-model = gcvit.GCViT.from_preset("gcvit_nano", weights="flowers")
+model = gcvit.GCViT.from_preset("gcvit_nano")
 print(keras.ops.convert_to_numpy(model(np.zeros((1, 128, 128, 3), "float32"))).sum())
 """
     out = python("-c", code, cwd=installed, PYTHONPATH=str(installed)).splitlines()

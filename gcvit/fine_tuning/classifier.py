@@ -16,7 +16,7 @@ from gcvit.fine_tuning.training import jit_compile
 from gcvit.images import MEAN, STD, DatasetError, read_photograph, resize
 from gcvit.model import ARGUMENTS, GCViT
 from gcvit.presets import PRESETS
-from gcvit.readers import CheckpointError, training_notes
+from gcvit.readers import CheckpointError, parsed_json, training_notes
 from gcvit.weights import load_checkpoint, save_safetensors
 
 
@@ -186,11 +186,3 @@ def load_classifier(path, image_size=None):
     model.compile(jit_compile=jit_compile())
     scale = [np.float32(notes.pop(name, by)) for name, by in (("mean", MEAN), ("std", STD))]
     return Classifier(model, class_names, image_size, crop, *scale, notes)
-
-
-def parsed_json(text):
-    """Return what a text of JSON holds, or the text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text

@@ -36,7 +36,7 @@ PHASES = {
     # From 64 px on: two thirds of a 128 px step would be spent on pixels that were made up.
     "64px-a": {"image_size": 64, "steps": 4800, "rates": (2e-3, 1.5e-3), "schedule": 7400},
     "64px-b": {"image_size": 64, "steps": 6800, "rates": (1.65e-3, 8e-4), "schedule": 14800},
-    "128px": {"image_size": 128, "steps": 4000, "rates": (8e-4, 0.0), "schedule": 4000},
+    "128px": {"image_size": 128, "steps": 3000, "rates": (8e-4, 0.0), "schedule": 3000},
 }
 """What is trained, in order, in batches of 128: 742 steps see all images once. `rates`: the highest
 learning rate, after a warm-up, and the one that it falls to within `schedule` steps. A phase may
