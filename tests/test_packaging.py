@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -12,6 +13,7 @@ from shutil import copytree, ignore_patterns
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NOT_SOURCE = ignore_patterns(".*", "_build", "build", "dist", "__pycache__", "*.egg-info")
 OFFLINE = ("--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check")
 
@@ -91,7 +93,7 @@ print(keras.ops.convert_to_numpy(model(np.zeros((1, 128, 128, 3), "float32"))).s
 """
     out = python("-c", code, cwd=installed, PYTHONPATH=str(installed)).splitlines()
     assert Path(out[0]).parent.parent == installed
-    assert out[1] == "0.1.0"
+    assert out[1] == PROJECT["version"]
     assert float(out[-1]) == pytest.approx(1, abs=1e-5)  # probabilities
 
 

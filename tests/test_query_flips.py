@@ -53,7 +53,7 @@ def checkpoint(tmp_path_factory):
 
 def test_each_arm_is_what_the_stand_ins_compute(folder, checkpoint, tmp_path, monkeypatch):
     out = tmp_path / "switches.json"
-    given = [str(folder), "--checkpoint", str(checkpoint), "--out", str(out)]
+    given = [str(folder), "--heads", "--checkpoint", str(checkpoint), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["query_flips.py", *given])
     monkeypatch.setattr(query_flips, "BATCH", 4)
     answers = {}

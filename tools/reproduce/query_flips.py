@@ -1,13 +1,13 @@
 """Switch parts of a trained model off, and count how often its first answer changes.
 
-    python tools/reproduce/query_flips.py FOLDER [--checkpoint FILE] [--limit N]
+    python tools/reproduce/query_flips.py FOLDER [--checkpoint FILE] [--limit N] [--heads]
 
 FOLDER is the unpacked tiny-imagenet-200, whose 10,000 validation images are looked at. Written
 to gcvit/results/switches.json: the accuracy and the mean probability of the right class of the
 model as it was trained and with each switch of the page that runs it, in the stem, each level, and
 all of the model: the global query constant, zero or that of the image before; gates open, shut, or
 computed by each place alone; large windows split; no position bias; both faults of the original
-notebook; and each head off. Keras computes all of it, with the laboratory's functions in place of
+notebook; and, with --heads, each head off. Keras computes all of it, with the laboratory's functions in place of
 the model's own. What lies before a switch is computed once.
 """
 
@@ -215,8 +215,8 @@ class Switched:
             x = function(x, others[i], piece.all_heads if heads is None else heads)
         return self.finish(x).numpy()
 
-    def arms(self):
-        """Yield an `Arm` for each switch, of one piece and of all, and for each head."""
+    def arms(self, heads=False):
+        """Yield an `Arm` for each switch, of one piece and of all; with `heads`, for each head."""
         side = self.model.levels[0].window_size[0]
         for (switch, value), replaced in {**SWITCHES, ("part", side): in_parts(side)}.items():
             functions = {
@@ -228,12 +228,12 @@ class Switched:
                 yield Arm(switch, value, self.pieces[i].name, {i: function})
             if len(functions) > 1:
                 yield Arm(switch, value, "all", functions)
-        for i, piece in enumerate(self.pieces):
+        for i, piece in enumerate(self.pieces if heads else ()):
             function = piece.compiled(some_heads) if piece.attentions else None
             for block, head in np.ndindex(*piece.all_heads.shape):
-                heads = piece.all_heads.numpy()
-                heads[block, head] = 0
-                part, off = f"{piece.name}.blocks.{block}", tf.constant(heads)
+                others = piece.all_heads.numpy()
+                others[block, head] = 0
+                part, off = f"{piece.name}.blocks.{block}", tf.constant(others)
                 yield Arm("headsOff", [head], part, {i: function}, off)
 
 
@@ -259,10 +259,10 @@ def summarize(probabilities, usual, labels):
     }
 
 
-def measure(classifier, files, labels):
+def measure(classifier, files, labels, heads=False):
     """Return what each arm does to the answers to some files."""
     model = Switched(classifier.model, pair("image_size", classifier.image_size))
-    arms = list(model.arms())
+    arms = list(model.arms(heads))
     usual, switched = [], [[] for _ in arms]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), BATCH):
@@ -295,6 +295,7 @@ def main():
     parser.add_argument("folder", type=Path, help="the unpacked tiny-imagenet-200")
     parser.add_argument("--checkpoint", type=Path, default=packaged)
     parser.add_argument("--limit", type=int, help="look at so many images; default: at all")
+    parser.add_argument("--heads", action="store_true", help="also switch each head off by itself")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     classifier = load_classifier(given.checkpoint)
@@ -308,7 +309,7 @@ def main():
         "images": len(files),
         "hardware": hardware(),
         "versions": versions(("gcvit-book", "keras", "tensorflow", "numpy", "pillow")),
-        **measure(classifier, files, labels),
+        **measure(classifier, files, labels, given.heads),
     }
     write({given.out: json.dumps(result, indent=1) + "\n"})
     for row in result["switched"]:
