@@ -33,6 +33,7 @@ test: install ## Run the unit tests, then every chapter
 	took=$$(($$(date +%s) - began)); echo "All passed, after $$((took / 60)) min $$((took % 60)) s."
 
 # JAX compiles each program for one call here, so it is told not to spend long on it.
+# The two workers keep both cores busy: no operation is split over threads that the other needs.
 test-unit: install ## Run the unit tests: all on TensorFlow, those of numbers on the others too
 	@for backend in $(BACKENDS); do \
 	  if [ $$backend = torch ] && ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
@@ -41,6 +42,7 @@ test-unit: install ## Run the unit tests: all on TensorFlow, those of numbers on
 	  if [ $$backend = tensorflow ]; then chosen=; else chosen='-m numerics'; fi; \
 	  echo "$$(date +%H:%M:%S) Unit tests on $$backend"; \
 	  KERAS_BACKEND=$$backend JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
+	    TF_NUM_INTRAOP_THREADS=1 OMP_NUM_THREADS=1 \
 	    $(BIN)/python -m pytest -n 2 --dist worksteal tests $$chosen || exit 1; \
 	done
 

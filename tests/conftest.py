@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from gcvit import GCViT, fine_tuning
+from gcvit import GCViT, fine_tuning, load_checkpoint
 from gcvit.fine_tuning import Photographs
 from gcvit.weights import save_safetensors
 
@@ -65,6 +65,22 @@ slow_on_jax = pytest.mark.skipif(
     keras.backend.backend() == "jax",
     reason="compiles for long on JAX; TensorFlow and PyTorch run it",
 )
+
+
+once = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="does not depend on the backend; TensorFlow runs it",
+)
+
+
+@pytest.fixture(autouse=True)
+def without_xla(monkeypatch):
+    """Spare each prediction of one or two images XLA: it takes ten seconds over a whole model.
+
+    test_fast lets it compile a smaller one.
+    """
+    if keras.backend.backend() == "tensorflow":
+        monkeypatch.setattr("gcvit.fast.tensorflow.SMALL_BATCH", 0)
 
 
 def small_model(**overrides):
@@ -150,15 +166,34 @@ def small_images(timm_small):
 
 
 @pytest.fixture(scope="session")
-def official_file(timm_file, tmp_path_factory):
-    """The same weights under the official repository's names."""
-    from gcvit import load_checkpoint
-
+def built_once():
+    """The fixtures' model, which takes a second to build, and the weights that it began with."""
     model = small_model()
+    return model, model.get_weights()
+
+
+@pytest.fixture
+def fresh_model(built_once):
+    """The same, for tests that load something into it."""
+    model, start = built_once
+    model.set_weights(start)
+    return model
+
+
+@pytest.fixture(scope="session")
+def official_file(built_once, timm_file, tmp_path_factory):
+    """The same weights under the official repository's names."""
+    model, _ = built_once
     load_checkpoint(model, timm_file)
     path = tmp_path_factory.mktemp("official") / "official.safetensors"
     save_safetensors(model, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def nano():
+    """The model that ships."""
+    return GCViT.from_preset("gcvit_nano")
 
 
 @pytest.fixture(scope="session")
@@ -179,11 +214,18 @@ def tiny_model(classes=2, **overrides):
     return model
 
 
+class Eager(keras.Sequential):
+    """A model that trains op by op: to trace a step takes longer than a few steps do."""
+
+    def compile(self, *args, **kwargs):
+        super().compile(*args, run_eagerly=True, **kwargs)
+
+
 def plain_model(drop_rate=0.0):
     """Build a model without levels: what the callbacks do, they do to any, and faster."""
     layers = [keras.layers.AveragePooling2D(8), keras.layers.Flatten()]
     layers.append(keras.layers.Dropout(drop_rate))
-    model = keras.Sequential([keras.Input((32, 32, 3)), *layers])
+    model = Eager([keras.Input((32, 32, 3)), *layers])
     model.add(keras.layers.Dense(2, activation="softmax"))
     model.levels = []
     return model

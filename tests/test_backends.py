@@ -15,7 +15,7 @@ import pytest
 
 from gcvit import GCViT
 
-BACKENDS = ("tensorflow", "jax", "torch")
+OTHERS = ("jax", "torch")
 WEIGHTS = ("patch_embed/proj/kernel", "blocks_1/attn/relative_position_bias_table", "head/kernel")
 
 
@@ -119,7 +119,7 @@ def in_a_fresh_process(backend, folder):
     return np.load(folder / f"{backend}.npz")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", OTHERS)
 def test_saved_here_loaded_there(backend, folder):
     """Logits to the fixtures' tolerance, gradients to 1e-4 of their length, and back again."""
     there, here = in_a_fresh_process(backend, folder), np.load(folder / "here.npz")

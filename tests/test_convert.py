@@ -9,7 +9,6 @@ from conftest import (
     SMALL,
     run,
     same_weights,
-    small_model,
     state_of,
     weights_of,
     write_safetensors,
@@ -93,12 +92,12 @@ def test_half_precision_and_other_windows(tmp_path, official_file):
     assert architecture(tmp_path / "m.safetensors")["window_size"] == (12, 12, 24, 12)
 
 
-def test_the_shipped_checkpoint_is_a_nano(tmp_path):
+def test_the_shipped_checkpoint_is_a_nano(tmp_path, nano):
     source = PACKAGED / PRESETS["gcvit_nano"]["weights"]["tiny_imagenet"]["file"]
     done = convert(source, tmp_path / "nano.weights.h5", progress=False)
     assert done.preset == "gcvit_nano" and done.parameters == PRESETS["gcvit_nano"]["parameters"]
     twin = GCViT.from_preset("gcvit_nano", weights=str(tmp_path / "nano.weights.h5"))
-    assert same_weights(twin, weights_of(GCViT.from_preset("gcvit_nano")))
+    assert same_weights(twin, weights_of(nano))
 
 
 @pytest.mark.parametrize(
@@ -132,12 +131,11 @@ def test_what_is_no_gcvit_is_refused(tmp_path, timm_small):
         convert("nowhere.keras", tmp_path / "out.keras")
 
 
-def test_a_hash_that_does_not_match_is_refused(official_file):
-    model = small_model()
-    before = weights_of(model)
+def test_a_hash_that_does_not_match_is_refused(official_file, fresh_model):
+    before = weights_of(fresh_model)
     with pytest.raises(CheckpointError, match="00 was expected"):
-        load_checkpoint(model, official_file, sha256="00")
-    assert same_weights(model, before)
+        load_checkpoint(fresh_model, official_file, sha256="00")
+    assert same_weights(fresh_model, before)
 
 
 def test_what_only_the_file_tells_is_kept(tmp_path):

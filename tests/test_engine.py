@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import serving, slow_on_jax, to_numpy
+from conftest import once, serving, to_numpy
 from keras import ops
 from PIL import Image
 
@@ -24,7 +24,7 @@ FIREFOX = shutil.which("firefox-esr") or shutil.which("firefox")
 MODULES = ("engine.js", "images.js", "explain.js")
 RNG = np.random.default_rng(0)
 
-pytestmark = slow_on_jax
+pytestmark = once
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node to run engine.js")
 
 # What is asked of the engine: a list of calls to its exports, arrays written as base64.
@@ -328,7 +328,6 @@ def compare(answer, want):
 
 
 @needs_node
-@pytest.mark.numerics
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_tensor_is_that_of_keras(name, tmp_path):
     model, config = model_of(name)
@@ -444,7 +443,6 @@ SWITCHES = {
 
 
 @needs_node
-@pytest.mark.numerics
 def test_each_switch_does_what_its_stand_in_does_in_keras(tmp_path):
     model, config = model_of("layer scale")
     image = picture_of("photograph")
@@ -528,7 +526,6 @@ def test_only_what_is_asked_for_is_kept(tmp_path):
 
 
 @needs_node
-@pytest.mark.numerics
 @pytest.mark.parametrize("path", sorted(PACKAGED.glob("*.safetensors")), ids=lambda path: path.stem)
 def test_the_shipped_weights_give_keras_answers(path):
     (preset, weights), size = path.stem.split("-"), 96

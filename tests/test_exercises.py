@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nbformat
 import pytest
@@ -39,29 +40,44 @@ def test_exercises_are_numbered_from_one_everywhere(path):
     assert [s.splitlines()[0] for s in solutions] == [f"# Solution {i}" for i in titles]
 
 
-def outcome(folder, exercise):
-    """Run a chapter with an exercise by nbmake; return its exit code and what it printed."""
+UNSOLVED = {
+    "fails": "x = 2\nassert x == ..., 'not yet'",  # as it must, and changes no name
+    "passes": "x = 2\nassert x == 2",
+    "breaks": "assert y == 2",
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Run a chapter with each of the exercises by nbmake.
+
+    Returns:
+        {name: what is reported as its failure, or "", and the exercise's cell afterwards}.
+    """
+    folder = tmp_path_factory.mktemp("book")
     shutil.copy(BOOK / "conftest.py", folder)
     code, tags = nbformat.v4.new_code_cell, ["exercise", "skip-execution"]
-    cells = [code("x = 1"), code(exercise, metadata={"tags": tags}), code("assert x == 1")]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "chapter.ipynb")
-    command = [sys.executable, "-m", "pytest", "--nbmake", "--overwrite", "chapter.ipynb"]
+    for name, exercise in UNSOLVED.items():
+        cells = [code("x = 1"), code(exercise, metadata={"tags": tags}), code("assert x == 1")]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
+    command = [sys.executable, "-m", "pytest", "--nbmake", "--overwrite", "--junitxml=report.xml"]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    after = nbformat.read(folder / "chapter.ipynb", as_version=4)
-    return result.returncode, result.stdout, after.cells[1]
+    assert result.returncode == 1, result.stdout
+    reports = ElementTree.parse(folder / "report.xml").iter("testcase")
+    failures = {case.get("classname"): case.findtext("failure", "") for case in reports}
+    assert len(failures) == len(UNSOLVED)
+    return {
+        name: (
+            failures[f"{name}.ipynb"],
+            nbformat.read(folder / f"{name}.ipynb", as_version=4).cells[1],
+        )
+        for name in UNSOLVED
+    }
 
 
-@pytest.mark.parametrize(
-    "exercise, said",
-    [
-        ("x = 2\nassert x == ..., 'not yet'", None),  # fails, as it must, and changes no name
-        ("x = 2\nassert x == 2", "passes as it stands"),
-        ("assert y == 2", "NameError"),
-    ],
-)
-def test_an_unsolved_exercise_must_fail_by_its_assert(tmp_path, exercise, said):
-    code, printed, cell = outcome(tmp_path, exercise)
-    assert code == (said is not None), printed
-    assert (said or "") in printed
-    if said is None:
-        assert cell.source == exercise and cell.outputs == []  # what --overwrite publishes
+def test_an_unsolved_exercise_must_fail_by_its_assert(outcomes):
+    failure, cell = outcomes["fails"]
+    assert failure == "" and cell.source == UNSOLVED["fails"]
+    assert cell.outputs == []  # what --overwrite publishes
+    assert "passes as it stands" in outcomes["passes"][0]
+    assert "NameError" in outcomes["breaks"][0]

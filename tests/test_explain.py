@@ -2,9 +2,12 @@
 
 import keras
 import numpy as np
-from conftest import to_numpy
+import pytest
+from conftest import slow_on_jax, to_numpy
 
 from gcvit import GCViT, explain
+
+pytestmark = [pytest.mark.numerics, slow_on_jax]
 
 
 def test_grad_cam_of_the_last_map_weighs_channels_with_the_head():

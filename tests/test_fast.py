@@ -302,9 +302,12 @@ def test_on_the_cpu_xla_is_given_no_depthwise_convolution():
         (1, False, "mixed_bfloat16", False),
     ],
 )
-def test_xla_compiles_the_forward_pass_of_a_few_images(known, training, dtype, compiles):
+def test_xla_compiles_the_forward_pass_of_a_few_images(
+    monkeypatch, known, training, dtype, compiles
+):
     import tensorflow as tf
 
+    monkeypatch.undo()  # the other tests do without
     model = GCViT((2,), 4, (2,), (1,), num_classes=3, mlp_ratio=1.0, path_drop=0, dtype=dtype)
     images = RNG.normal(size=(known or 2, 32, 40, 3)).astype("float32")
     eagerly = to_numpy(model(images, training=training))

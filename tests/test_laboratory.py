@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from conftest import run, to_numpy
+from conftest import run, slow_on_jax, to_numpy
 
 from gcvit import GCViT, WindowAttention, laboratory
 from gcvit.global_tokens import FeatureExtraction
@@ -68,6 +68,8 @@ def test_each_way_alone_lets_through_what_is_far(switched):
         assert change_on_the_left(switched) > 1e-4, way
 
 
+@pytest.mark.numerics
+@slow_on_jax
 def test_a_closed_query_is_the_same_for_every_image(switched):
     x = RNG.normal(size=(2, 8, 8, 8)).astype("float32")
     switched.switch(["gates", "late"])
@@ -88,6 +90,8 @@ def test_windows_fall_apart_into_parts():
     assert not laboratory.block_mask(2, 2).any()
 
 
+@pytest.mark.numerics
+@slow_on_jax
 def test_the_faults_by_hand():
     attention = WindowAttention(2, 3, global_query=False)
     attention.build((None, 4, 6))
@@ -104,6 +108,8 @@ def test_the_faults_by_hand():
     np.testing.assert_array_equal(halved[1, 1], below_zero[0, 1:, 1:].max(axis=(0, 1)))
 
 
+@pytest.mark.numerics
+@slow_on_jax
 @pytest.mark.parametrize(
     "name, owner, method",
     [

@@ -1,13 +1,17 @@
 """The package from a shell: exit codes, what is printed where, and what Ctrl-C leaves."""
 
+import contextlib
 import http.server
 import io
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 from conftest import serving
@@ -34,6 +38,18 @@ def write_classes(folder, names=("dark", "bright"), count=8):
     return folder
 
 
+# The whole nano takes TensorFlow half a minute to trace, and these tests are not about it.
+SMALLER = {"depths": (1,) * 4, "num_heads": (1,) * 4, "embed_dim": 8}
+TRAIN = f"""
+import sys
+from gcvit import PRESETS
+from gcvit.__main__ import main
+
+PRESETS["gcvit_nano"]["config"].update({SMALLER})
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Run `train --json` in a process of its own; return its result and its folder."""
@@ -42,32 +58,35 @@ def trained(tmp_path_factory):
     command = (
         "train photos --epochs 1 --image-size 32 --weights none --out model.safetensors --json"
     )
-    done = gcvit(command, place)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done, place
-
-
-# The whole nano takes TensorFlow half a minute to trace, and these tests are not about it.
-SMALLER = """
-import os, signal, sys
-import keras
-from gcvit import PRESETS, fine_tuning
-from gcvit.__main__ import main
-
-small = {"depths": (1,) * 4, "num_heads": (1,) * 4, "embed_dim": 8}
-PRESETS["gcvit_nano"]["config"].update(small)
-"""
-RUN = "sys.exit(main(sys.argv[1:]))"
-
-
-def gcvit(command, place):
-    return subprocess.run(
-        [sys.executable, "-c", SMALLER + RUN, *command.split()],
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, *command.split()],
         capture_output=True,
         text=True,
         cwd=place,
         check=False,
     )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done, place
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Return what trains in this process, in `tmp_path`, op by op: to trace takes far longer."""
+    for name, value in SMALLER.items():
+        monkeypatch.setitem(PRESETS["gcvit_nano"]["config"], name, value)
+    monkeypatch.chdir(tmp_path)
+    fit = fine_tuning.fit
+
+    def run(command, *callbacks):
+        def fit_eagerly(model, *args, **kwargs):
+            model.run_eagerly = True
+            return fit(model, *args, callbacks=callbacks, **kwargs)
+
+        monkeypatch.setattr(fine_tuning, "fit", fit_eagerly)
+        quick = "--weights=none --recipe=original --epochs=1 --image-size=32"
+        return main(["train", *quick.split(), *command.split()])
+
+    return run
 
 
 def test_train_prints_its_result_as_json_and_progress_elsewhere(trained):
@@ -183,37 +202,29 @@ def test_help_names_every_argument(command, capsys):
     assert all(word in shown for word in (["--json"] if command else ["train", "predict", "130"]))
 
 
-INTERRUPT = """
-# A shell's background job begins with Ctrl-C ignored, and its children with it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 class Interrupt(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         if epoch == 1:
             os.kill(os.getpid(), signal.SIGINT)  # what Ctrl-C sends
 
-fit = fine_tuning.fit
-fine_tuning.fit = lambda *args, **kwargs: fit(*args, **kwargs, callbacks=[Interrupt()])
-"""
+
+@pytest.fixture
+def ctrl_c():
+    """Let SIGINT interrupt: a shell's background job begins with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_keeps_the_best_weights_and_the_way_on(tmp_path, capsys):
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_keeps_the_best_weights_and_the_way_on(train, tmp_path, capsys):
     write_classes(tmp_path / "photos", count=4)
-    # The recipe that is traced faster; test_training interrupts both.
-    command = "train photos --epochs=2 --image-size=32 --weights=none --recipe=original"
-    done = subprocess.run(
-        [sys.executable, "-c", SMALLER + INTERRUPT + RUN, *command.split()],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert done.returncode == 130, done.stderr[-2000:]
-    assert "Interrupted after 1 epochs; the weights are those of epoch 1" in done.stdout
+    assert train("photos --epochs=2", Interrupt()) == 130
+    shown = capsys.readouterr()
+    assert "Interrupted after 1 epochs; the weights are those of epoch 1" in shown.out
     assert (tmp_path / "photos.safetensors.backup" / "run.npz").is_file()
-    assert "written: photos.safetensors" in done.stdout and "Traceback" not in done.stderr
-    model = str(tmp_path / "photos.safetensors")
-    assert main(["predict", model, str(tmp_path / "photos" / "dark")]) == 0
+    assert "written: photos.safetensors" in shown.out and "Traceback" not in shown.err
+    assert main(["predict", "photos.safetensors", "photos/dark"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
@@ -348,60 +359,48 @@ def test_prefetch_names_what_it_knows(name, message, capsys):
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_the_example_in_the_readme_is_the_file_and_runs(tmp_path):
+def test_the_example_in_the_readme_is_the_file_and_runs(tmp_path, monkeypatch, capsys):
     root = Path(__file__).resolve().parent.parent
     example = root / "examples" / "predict.py"
     text = example.read_text(encoding="utf-8")
     assert f"```python\n{text}```" in (root / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) < 30
-    Image.fromarray(data.chelsea()).save(tmp_path / "cat.png")
-    done = subprocess.run(
-        [sys.executable, example, tmp_path / "cat.png"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [line.split() for line in done.stdout.splitlines()]
-    ((_, probabilities),) = fine_tuning.load_classifier(NANO).predict([tmp_path / "cat.png"])
+    cat = tmp_path / "cat.png"
+    Image.fromarray(data.chelsea()).save(cat)
+    monkeypatch.setattr(sys, "argv", [str(example), str(cat)])
+    runpy.run_path(str(example), run_name="__main__")
+    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    classifier = fine_tuning.load_classifier(NANO)
+    (probabilities,) = np.asarray(classifier.model(classifier.image(cat)[None]))
     names = json.loads(training_notes(NANO)["classes"])
-    expected = sorted(zip(probabilities, names, strict=True), reverse=True)
+    expected = sorted(zip(probabilities, names, strict=True), reverse=True)[:5]
     assert [name for _, name in rows] == [name for _, name in expected]
     for (shown, _), (probability, _) in zip(rows, expected, strict=True):
         assert float(shown) == pytest.approx(probability, abs=1e-3)
 
 
-QUICK = "--weights none --recipe original --epochs 1 --image-size 32"
+def printed(act):
+    """Return what a successful run prints on a terminal of few letters."""
+    terminal = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    with contextlib.redirect_stdout(terminal):
+        assert act() == 0
+    terminal.flush()
+    return terminal.buffer.getvalue()
 
 
-def run_there(place, command, before=RUN, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", SMALLER + before, *command.split()],
-        capture_output=True,
-        cwd=place,
-        env={**os.environ, **environment},
-        check=False,
-    )
-
-
-def test_a_run_in_the_photographs_own_folder_can_be_run_again(tmp_path, monkeypatch):
+def test_a_run_in_the_photographs_own_folder_can_be_run_again(train, tmp_path, monkeypatch):
     """Its files lie among the classes then, and names and output are of any letters."""
     photos = write_classes(tmp_path / "ph", ("花", "вишня"), 4)
-    done = run_there(photos, f"train . {QUICK}", PYTHONIOENCODING="cp1252")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert rb"\u82b1" in done.stdout and b"starts from random weights." in done.stdout
+    monkeypatch.chdir(photos)
+    first = printed(lambda: train("."))
+    assert rb"\u82b1" in first and b"starts from random weights." in first
     for left in (".x.part", "ph.safetensors.backup/.x.part"):  # by a run that was killed
         (photos / left).mkdir(parents=True)
         (photos / left / "run.npz").write_bytes(b"PK")
-    again = f"train . {QUICK} --weights ph.safetensors --out m.safetensors"
-    done = run_there(photos, again)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert b"the weights ph.safetensors, the head too" in done.stdout
-    assert b"at random" not in done.stdout
-
-    shown = io.TextIOWrapper(io.BytesIO(), "cp1252")
-    monkeypatch.setattr(sys, "stdout", shown)
-    assert main(["predict", str(photos / "m.safetensors"), str(photos), "--top=2"]) == 0
-    shown.flush()
-    lines = shown.buffer.getvalue().splitlines()
-    assert len(lines) == 8 and all(rb"\u82b1 " in line for line in lines)
+    again = printed(lambda: train(". --weights=ph.safetensors --out=m.safetensors"))
+    assert b"the weights ph.safetensors, the head too" in again and b"at random" not in again
+    predictions = printed(lambda: main(["predict", "m.safetensors", ".", "--top=2"])).splitlines()
+    assert len(predictions) == 8 and all(rb"\u82b1 " in line for line in predictions)
 
 
 def test_the_classes_of_the_weights_that_ship_are_known():
@@ -411,28 +410,22 @@ def test_the_classes_of_the_weights_that_ship_are_known():
     assert _classes_in(preset, "none") is None and _classes_in(preset, "m.keras") is None
 
 
-DIVERGE = """
 class Spoil(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         if epoch == 1:
             bias = self.model.head.bias
             bias.assign(bias + float("nan"))
 
-fit = fine_tuning.fit
-fine_tuning.fit = lambda *args, **kwargs: fit(*args, **kwargs, callbacks=[Spoil()])
-"""
 
-
-def test_a_training_that_diverges_is_a_failure(tmp_path, capsys):
+def test_a_training_that_diverges_is_a_failure(train, tmp_path, capsys):
     write_classes(tmp_path / "photos", count=3)
-    done = run_there(tmp_path, f"train photos {QUICK} --epochs 2 --json", DIVERGE + RUN)
-    last = done.stderr.decode().splitlines()[-1]
-    assert done.returncode == 1 and done.stdout == b""
+    assert train("photos --epochs=2 --json", Spoil()) == 1
+    shown = capsys.readouterr()
+    last = shown.err.splitlines()[-1]
     assert last.startswith("gcvit: The training has diverged: in epoch 2 the loss is nan."), last
-    assert last.endswith("They are in photos.safetensors.")
+    assert last.endswith("They are in photos.safetensors.") and shown.out == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "photos.safetensors"]
-    model = str(tmp_path / "photos.safetensors")
-    assert main(["predict", model, str(tmp_path / "photos"), "--json"]) == 0
+    assert main(["predict", "photos.safetensors", "photos", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 6
 
 

@@ -35,10 +35,10 @@ def release():
 
 @pytest.mark.numerics
 @pytest.mark.parametrize("load", [load_checkpoint, lambda model, path: model.load_weights(path)])
-def test_release_archive_gives_its_probabilities(load, release):
-    model = small_model(head_activation="softmax")
-    load(model, RELEASE)
-    probabilities = run(model, release["input"].astype("float32"))
+def test_release_archive_gives_its_probabilities(load, release, fresh_model):
+    load(fresh_model, RELEASE)
+    logits = run(fresh_model, release["input"].astype("float32"))
+    probabilities = to_numpy(keras.ops.softmax(logits))
     np.testing.assert_allclose(probabilities, release["probabilities"], atol=1e-5)
 
 
@@ -51,30 +51,31 @@ def test_layout_is_the_published_archives(xxtiny_layout):
 
 def test_keras_writes_the_names_that_are_read_here(tmp_path):
     model = small_model(layer_scale=0.5)
+    before = weights_of(model)
     model.save_weights(tmp_path / "m.weights.h5")
-    twin = small_model(layer_scale=0.5)
-    report = load_checkpoint(twin, tmp_path / "m.weights.h5")
+    model.set_weights([1 + value for value in before])
+    report = load_checkpoint(model, tmp_path / "m.weights.h5")
     assert report.naming == "release" and report.loaded == len(weight_specs(model))
-    assert same_weights(twin, weights_of(model))
+    assert same_weights(model, before)
 
 
-def test_official_names_round_trip(official_file, timm_small, small_images):
-    model = small_model()
-    report = load_checkpoint(model, official_file)
+def test_official_names_round_trip(official_file, timm_small, small_images, fresh_model):
+    report = load_checkpoint(fresh_model, official_file)
     assert report.naming == "official"
-    np.testing.assert_allclose(to_numpy(model(small_images)), timm_small["logits"], atol=2e-5)
+    logits = to_numpy(fresh_model(small_images))
+    np.testing.assert_allclose(logits, timm_small["logits"], atol=2e-5)
 
 
-def test_official_pickle(tmp_path, official_file, timm_small, small_images):
+def test_official_pickle(tmp_path, official_file, timm_small, small_images, fresh_model):
     torch = pytest.importorskip("torch")
     from safetensors.numpy import load_file
 
     state = {name: torch.from_numpy(value) for name, value in load_file(official_file).items()}
     state["levels.0.blocks.0.attn.relative_position_index"] = torch.zeros(49, 49).long()
     torch.save({"epoch": 300, "state_dict": state}, tmp_path / "m.pth.tar")
-    model = small_model()
-    load_checkpoint(model, tmp_path / "m.pth.tar")
-    np.testing.assert_allclose(to_numpy(model(small_images)), timm_small["logits"], atol=2e-5)
+    load_checkpoint(fresh_model, tmp_path / "m.pth.tar")
+    logits = to_numpy(fresh_model(small_images))
+    np.testing.assert_allclose(logits, timm_small["logits"], atol=2e-5)
 
 
 def test_head_of_another_size_is_skipped_when_asked_for(official_file):
@@ -88,28 +89,29 @@ def test_head_of_another_size_is_skipped_when_asked_for(official_file):
     assert not same_weights(model, before)
 
 
-def test_model_without_top_takes_a_checkpoint_with_one(official_file):
+def test_model_without_top_takes_a_checkpoint_with_one(official_file, fresh_model):
     report = load_checkpoint(small_model(include_top=False), official_file)
-    assert report.loaded == len(weight_specs(small_model())) - 2
+    assert report.loaded == len(weight_specs(fresh_model)) - 2
 
 
-def test_position_tables_are_resized_to_other_windows(official_file):
+def test_position_tables_are_resized_to_other_windows(official_file, fresh_model):
     model = small_model(window_size=(12, 12, 24, 12))
     report = load_checkpoint(model, official_file)
     assert len(report.resized) == 8
     table = to_numpy(model.levels[0].blocks[0].attn.relative_position_bias_table)
     assert table.shape == (23 * 23, 1)
-    small = small_model()
-    load_checkpoint(small, official_file)
-    before = to_numpy(small.levels[0].blocks[0].attn.relative_position_bias_table)
+    load_checkpoint(fresh_model, official_file)
+    before = to_numpy(fresh_model.levels[0].blocks[0].attn.relative_position_bias_table)
     # The middle, the offset of a token to itself, stays the middle.
     np.testing.assert_allclose(table[23 * 23 // 2], before[13 * 13 // 2], atol=1e-5)
 
 
-def test_position_tables_are_resized_to_windows_that_are_not_square(official_file, tmp_path):
+def test_position_tables_are_resized_to_windows_that_are_not_square(
+    official_file, tmp_path, fresh_model
+):
     """As PyTorch resizes them; the way back is refused: 77 rows may be 7 x 11 or 11 x 7."""
     torch = pytest.importorskip("torch")
-    square, wide = small_model(), small_model(window_size=((4, 6), 7, 14, 7))
+    square, wide = fresh_model, small_model(window_size=((4, 6), 7, 14, 7))
     load_checkpoint(square, official_file)
     assert len(load_checkpoint(wide, official_file).resized) == 2
     old, new = (
@@ -141,21 +143,19 @@ def damaged(kind, path, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "web page", "flipped bit"])
-def test_damaged_archive_is_refused_and_nothing_changes(kind, tmp_path):
-    model = small_model()
-    before = weights_of(model)
+def test_damaged_archive_is_refused_and_nothing_changes(kind, tmp_path, fresh_model):
+    before = weights_of(fresh_model)
     with pytest.raises(CheckpointError, match=kind):
-        load_checkpoint(model, damaged(kind, RELEASE, tmp_path))
-    assert same_weights(model, before)
+        load_checkpoint(fresh_model, damaged(kind, RELEASE, tmp_path))
+    assert same_weights(fresh_model, before)
 
 
 @pytest.mark.parametrize("kind", ["truncated", "empty"])
-def test_damaged_safetensors_is_refused(kind, tmp_path, official_file):
-    model = small_model()
-    before = weights_of(model)
+def test_damaged_safetensors_is_refused(kind, tmp_path, official_file, fresh_model):
+    before = weights_of(fresh_model)
     with pytest.raises(CheckpointError):
-        load_checkpoint(model, damaged(kind, official_file, tmp_path))
-    assert same_weights(model, before)
+        load_checkpoint(fresh_model, damaged(kind, official_file, tmp_path))
+    assert same_weights(fresh_model, before)
 
 
 @pytest.mark.parametrize(
@@ -177,24 +177,22 @@ def test_damaged_safetensors_is_refused(kind, tmp_path, official_file):
         ),
     ],
 )
-def test_every_tensor_is_accounted_for(change, message, tmp_path, timm_small):
+def test_every_tensor_is_accounted_for(change, message, tmp_path, timm_small, fresh_model):
     state = state_of(timm_small)
     change(state)
     write_safetensors(tmp_path / "m.safetensors", state)
-    model = small_model()
-    before = weights_of(model)
+    before = weights_of(fresh_model)
     with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(model, tmp_path / "m.safetensors")
-    assert same_weights(model, before)
+        load_checkpoint(fresh_model, tmp_path / "m.safetensors")
+    assert same_weights(fresh_model, before)
 
 
-def test_checkpoint_of_another_variant_is_refused():
-    model = GCViT.from_preset("gcvit_nano", weights=None)
+def test_checkpoint_of_another_variant_is_refused(nano):
     with pytest.raises(CheckpointError, match="not a checkpoint of this model"):
-        load_checkpoint(model, RELEASE)
+        load_checkpoint(nano, RELEASE)
 
 
-def test_links_out_of_the_file_are_refused(tmp_path):
+def test_links_out_of_the_file_are_refused(tmp_path, fresh_model):
     with zipfile.ZipFile(RELEASE) as archive:
         stream = io.BytesIO(archive.read("model.weights.h5"))
     with h5py.File(stream, "r+") as file:
@@ -203,35 +201,32 @@ def test_links_out_of_the_file_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "m.keras", "w") as archive:
         archive.writestr("model.weights.h5", stream.getvalue())
     with pytest.raises(CheckpointError, match="head/vars/0 is a link"):
-        load_checkpoint(small_model(), tmp_path / "m.keras")
+        load_checkpoint(fresh_model, tmp_path / "m.keras")
 
 
-def test_zip_bomb_is_refused_before_it_unpacks(tmp_path):
+def test_zip_bomb_is_refused_before_it_unpacks(tmp_path, fresh_model):
     with zipfile.ZipFile(tmp_path / "m.keras", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("model.weights.h5", b"\0" * 50_000_000)
     with pytest.raises(CheckpointError, match="unpacks to 50,000,000 bytes"):
-        load_checkpoint(small_model(), tmp_path / "m.keras")
+        load_checkpoint(fresh_model, tmp_path / "m.keras")
 
 
-def test_no_such_file():
+def test_no_such_file(fresh_model):
     with pytest.raises(FileNotFoundError, match="There is no checkpoint file at nowhere.keras"):
-        load_checkpoint(small_model(), "nowhere.keras")
+        load_checkpoint(fresh_model, "nowhere.keras")
 
 
-def test_a_path_is_taken_for_weights(official_file):
+def test_a_path_is_taken_for_weights(nano):
     model = GCViT.from_preset(
         "gcvit_nano", weights=str(PACKAGED / "gcvit_nano-tiny_imagenet.safetensors")
     )
-    twin = GCViT.from_preset("gcvit_nano")
-    assert same_weights(model, weights_of(twin))
+    assert same_weights(model, weights_of(nano))
 
 
-def test_half_precision_file_is_half_the_size(tmp_path):
-    model = small_model()
+def test_half_precision_file_is_half_the_size(tmp_path, fresh_model):
     for dtype in ("float32", "float16"):
-        save_safetensors(
-            model, tmp_path / f"{dtype}.safetensors", dtype=dtype, metadata={"made": "here"}
-        )
+        path = tmp_path / f"{dtype}.safetensors"
+        save_safetensors(fresh_model, path, dtype=dtype, metadata={"made": "here"})
     sizes = [os.path.getsize(tmp_path / f"{each}.safetensors") for each in ("float16", "float32")]
     assert sizes[0] < 0.6 * sizes[1]
     assert training_notes(tmp_path / "float16.safetensors") == {"made": "here"}
@@ -249,24 +244,21 @@ def test_shipped_checkpoint_is_the_one_that_the_preset_names():
                 assert hashlib.sha256(data).hexdigest() == entry["sha256"]
 
 
-def test_keras_load_weights_refuses_what_load_checkpoint_refuses(tmp_path):
-    model = small_model()
-    before = weights_of(model)
+def test_keras_load_weights_refuses_what_load_checkpoint_refuses(tmp_path, fresh_model):
+    before = weights_of(fresh_model)
     with pytest.raises(CheckpointError):
-        model.load_weights(damaged("truncated", RELEASE, tmp_path))
-    assert same_weights(model, before)
+        fresh_model.load_weights(damaged("truncated", RELEASE, tmp_path))
+    assert same_weights(fresh_model, before)
 
 
-def test_weights_saved_in_training_are_read_back(tmp_path, small_images):
-    model = small_model(head_activation="softmax", path_drop=0.3)
+def test_weights_saved_in_training_are_read_back(tmp_path, other):
+    model = tiny_model(path_drop=0.3)
     model.compile(keras.optimizers.Adam(), "sparse_categorical_crossentropy", run_eagerly=True)
-    model.fit(small_images[:, :64, :64], np.array([0, 1]), verbose=0)
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype("float32")
+    model.fit(images, np.array([0, 1]), verbose=0)
     model.save_weights(tmp_path / "m.weights.h5")
-    twin = small_model(head_activation="softmax", path_drop=0.3)
-    twin.load_weights(tmp_path / "m.weights.h5")
-    np.testing.assert_allclose(
-        to_numpy(twin(small_images)), to_numpy(model(small_images)), atol=1e-6
-    )
+    other.load_weights(tmp_path / "m.weights.h5")
+    np.testing.assert_allclose(to_numpy(other(images)), to_numpy(model(images)), atol=1e-6)
 
 
 def tiny_model(in_channels=3, **options):
