@@ -76,6 +76,7 @@ def test_train_prints_its_result_as_json_and_progress_elsewhere(trained):
     assert result["classes"] == ["bright", "dark"] and result["epochs"] == 1
     assert set(result["per_class"]) == {"bright", "dark"} and not result["interrupted"]
     assert 0 <= result["accuracy"] <= 1 and "val_accuracy" in done.stderr
+    assert result["frozen_head_accuracy"] is None and "frozen" not in done.stderr
     assert sorted(path.name for path in place.iterdir()) == ["model.safetensors", "photos"]
 
 
@@ -395,6 +396,8 @@ def test_a_run_in_the_photographs_own_folder_can_be_run_again(tmp_path, monkeypa
     assert done.returncode == 0, done.stderr[-2000:]
     assert b"the weights ph.safetensors, the head too" in done.stdout
     assert b"at random" not in done.stdout
+    assert done.stdout.count(b"A linear head on these weights, frozen: ") == 1
+    assert b" (a head on the frozen weights alone: " in done.stdout
 
     shown = io.TextIOWrapper(io.BytesIO(), "cp1252")
     monkeypatch.setattr(sys, "stdout", shown)
