@@ -177,7 +177,7 @@ def _train(arguments, out, verbose):
     frozen = None
     if weights != "none":
         train = fine_tuning.make_dataset(photos.train, image_size, arguments.batch_size, crop=crop)
-        features = [fine_tuning.pooled_features(model, part) for part in (train, validation)]
+        features = fine_tuning.pooled_features(model, train, validation)
         head = fine_tuning.linear_head(*features, classes, **weighed)
         frozen = fine_tuning.head_accuracy(head, *features[1])
         print(

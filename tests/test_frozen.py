@@ -13,8 +13,9 @@ def test_the_features_are_what_enters_the_head(two_classes):
     model = tiny_model(head_activation=None)
     batches = fine_tuning.make_dataset(photos.validation, 32, 6)  # the last one is not full
     before = weights_of(model)
-    labels, features = fine_tuning.pooled_features(model, batches)
+    (labels, features), (_, few) = fine_tuning.pooled_features(model, batches, batches.take(1))
     assert features.shape == (16, 8) and same_weights(model, before)
+    np.testing.assert_allclose(few, features[:6], atol=1e-5)
     logits = features @ to_numpy(model.head.kernel) + to_numpy(model.head.bias)
     expected_labels, expected = fine_tuning.predict(model, batches)
     np.testing.assert_array_equal(labels, expected_labels)

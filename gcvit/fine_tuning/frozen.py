@@ -8,22 +8,23 @@ from gcvit.fine_tuning.evaluation import predict
 from gcvit.fine_tuning.training import jit_compile
 
 
-def pooled_features(model, batches):
-    """Return the labels of photographs and what enters a model's head, from one pass over them.
+def pooled_features(model, *parts):
+    """Return what enters a model's head, and the labels, from one pass over some photographs.
 
     Args:
         model: a built `GCViT` that pools its features.
-        batches: `tf.data.Dataset` of (images, labels).
+        *parts: `tf.data.Dataset`s of (images, labels), of images of one size.
 
     Returns:
-        NumPy arrays: (photographs,) labels and (photographs, channels) float32 features.
+        A pair of NumPy arrays for each part: (photographs,) labels and (photographs, channels)
+        float32 features.
     """
-    images = keras.Input(batches.element_spec[0].shape[1:])
+    images = keras.Input(parts[0].element_spec[0].shape[1:])
     *_, last = model.features(images).values()
     backbone = keras.Model(images, model.pool(last))
     backbone.compile(jit_compile=jit_compile())
-    labels, features = predict(backbone, batches)
-    return labels, np.float32(features)
+    pairs = [predict(backbone, batches) for batches in parts]
+    return [(labels, np.float32(features)) for labels, features in pairs]
 
 
 def linear_head(train, validation, classes, class_weight=None, steps=600, rate=1e-2):
@@ -34,7 +35,7 @@ def linear_head(train, validation, classes, class_weight=None, steps=600, rate=1
     are kept, and it ends after fifty steps without a lower one.
 
     Args:
-        train: (labels, features), as `pooled_features` returns them.
+        train: (labels, features), as `pooled_features` returns them for each part.
         validation: the same, of other photographs.
         classes: number of classes.
         class_weight: see `class_weights`; default `None`: each photograph counts the same.

@@ -110,13 +110,12 @@ def train_head(data, each, seed, arguments):
     """Train a linear head on the frozen backbone; return what is written of it."""
     model = GCViT.from_preset("gcvit_nano", arguments.weights)
 
-    def features(part, places):
-        return pooled_features(model, make_dataset(dataset(*part, places), SIZE, 250))
-
-    validation, test = (
-        features(part, range(len(part[1]))) for part in (data.validation, data.test)
+    places = chosen(data.train[1], each, seed)
+    parts = [dataset(*data.train, places)]
+    parts += [dataset(*part, range(len(part[1]))) for part in (data.validation, data.test)]
+    train, validation, test = pooled_features(
+        model, *(make_dataset(part, SIZE, 250) for part in parts)
     )
-    train = features(data.train, chosen(data.train[1], each, seed))
     head = linear_head(train, validation, len(data.whole.class_names))
     return {
         "steps": int(head.optimizer.iterations),
