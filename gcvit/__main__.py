@@ -167,6 +167,22 @@ def _train(arguments, out, verbose):
         num_classes=classes,
         dtype=fine_tuning.precision(),
     )
+    weighed = {}
+    if arguments.balance:
+        weights_of_classes = fine_tuning.class_weights(fine_tuning.class_counts(photos))
+        weighed = {"class_weight": weights_of_classes}
+    validation = fine_tuning.make_dataset(
+        photos.validation, image_size, arguments.batch_size, crop=crop
+    )
+    frozen = None
+    if weights != "none":
+        train = fine_tuning.make_dataset(photos.train, image_size, arguments.batch_size, crop=crop)
+        features = fine_tuning.pooled_features(model, train, validation)
+        head = fine_tuning.linear_head(*features, classes, **weighed)
+        frozen = fine_tuning.head_accuracy(head, *features[1])
+        print(
+            f"A linear head on these weights, frozen: validation accuracy {frozen:.3f}.", flush=True
+        )
     backup = out.with_name(out.name + ".backup")
     run = fine_tuning.RECIPES[arguments.recipe](
         model,
@@ -188,10 +204,6 @@ def _train(arguments, out, verbose):
             out, model, photos.class_names, image_size, crop, **notes, **more
         )
 
-    weighed = {}
-    if arguments.balance:
-        weights_of_classes = fine_tuning.class_weights(fine_tuning.class_counts(photos))
-        weighed = {"class_weight": weights_of_classes}
     try:
         history = fine_tuning.fit(model, run, verbose=verbose, on_best=save, **weighed)
     except fine_tuning.DivergenceError as error:
@@ -202,10 +214,7 @@ def _train(arguments, out, verbose):
         print("No epoch was finished, so nothing is written.")
         return None
     interrupted = run.state.interrupted
-    batches = fine_tuning.make_dataset(
-        photos.validation, image_size, arguments.batch_size, crop=crop
-    )
-    report = fine_tuning.evaluate(model, batches, photos.class_names)
+    report = fine_tuning.evaluate(model, validation, photos.class_names)
     save(**report)
     if not interrupted:
         shutil.rmtree(backup, ignore_errors=True)
@@ -215,6 +224,7 @@ def _train(arguments, out, verbose):
         "epochs": len(history["loss"]),
         "interrupted": interrupted,
         "history": history,
+        "frozen_head_accuracy": frozen,
         **report,
     }
 
@@ -237,8 +247,10 @@ def _print_result(result):
             for key in ("precision", "recall")
         ]
         print(f"{name:{width}}  {shown[0]:>9}  {shown[1]:>6}  {numbers['photographs']:>11}")
+    frozen = result["frozen_head_accuracy"]
+    alone = "" if frozen is None else f" (a head on the frozen weights alone: {frozen:.3f})"
     print(
-        f"validation accuracy {result['accuracy']:.3f}, expected calibration error "
+        f"validation accuracy {result['accuracy']:.3f}{alone}, expected calibration error "
         f"{result['calibration_error']:.3f}\nwritten: {result['model']}"
     )
 

@@ -57,74 +57,34 @@ def run_setting():
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """What chapter 8 trains, on how much, and why.
+    """How much of chapter 8 is run.
 
     Attributes:
-        name: "quick", "full" or "brief".
-        preset: the model, a name in `gcvit.PRESETS`, which has its image size and crop.
-        weights: its weights, as `GCViT.from_preset` takes them.
-        train_size: photographs to train on; `None` for all.
-        validation_size: photographs to validate on; `None` for all.
+        train_size: photographs that the three ways of its live run train on.
+        validation_size: photographs that they choose by.
         epochs: passes over them.
-        batch_size: images a step.
-        recipe: name of one of `fine_tuning.RECIPES`.
-        notes: sentences that say why, and what is left out.
+        original: whether the original notebook's run is made too.
     """
 
-    name: str
-    preset: str
-    weights: str
-    train_size: int | None
-    validation_size: int | None
+    train_size: int
+    validation_size: int
     epochs: int
-    batch_size: int
-    recipe: str
-    notes: tuple
+    original: bool
 
 
-def train_config(photos):
+def train_config():
     """Return the `TrainConfig` that the environment variable `GCVIT_RUN` asks for.
 
-    "full" trains on all photographs by the original recipe; "quick" takes about a minute
-    on two CPU cores; "auto", which stands where nothing is set, is full on an accelerator
-    and quick on a CPU. "brief" is quick with a single epoch, for tests.
-
-    Args:
-        photos: `Photographs` to be trained on.
+    The live run takes less than a minute on two CPU cores; "brief" has fewer epochs, for tests.
+    The original notebook's run is made where "full" asks for it, or by "auto", which stands
+    where nothing is set, on an accelerator.
 
     Raises:
-        ValueError: if `GCVIT_RUN` holds something else.
+        ValueError: see `run_setting`.
     """
-    setting, device, imagenet = run_setting(), accelerator(), imagenet_weights()
-    full = setting == "full" or (setting == "auto" and device is not None)
-    name = "full" if full else "quick" if setting == "auto" else setting
-    if full:
-        train_size, validation_size, epochs, batch_size = None, None, 5, 32
-    elif imagenet:
-        train_size, validation_size, epochs, batch_size = 128, 64, 3, 16
-    else:
-        train_size, validation_size, epochs, batch_size = 256, 128, 3, 32
-    notes = [
-        f"GCVIT_RUN is {setting}, and there is {'a ' + device if device else 'no accelerator'}: "
-        f"this is the {name} run.",
-    ]
-    used = photos.take(train_size, validation_size)
-    if used.train_size < photos.train_size or used.validation_size < photos.validation_size:
-        notes.append(
-            f"Left out: {photos.train_size - used.train_size} of {photos.train_size} training "
-            f"photographs and {photos.validation_size - used.validation_size} of "
-            f"{photos.validation_size} for validation. GCVIT_RUN=full takes them all."
-        )
-    return TrainConfig(
-        name,
-        *(("gcvit_xxtiny", "imagenet") if imagenet else ("gcvit_nano", "tiny_imagenet")),
-        train_size,
-        validation_size,
-        1 if name == "brief" else epochs,
-        batch_size,
-        "original" if full else "finetune",
-        tuple(notes),
-    )
+    setting = run_setting()
+    original = setting == "full" or (setting == "auto" and accelerator() is not None)
+    return TrainConfig(160, 96, 2 if setting == "brief" else 5, original)
 
 
 def check_yourself(question, answer, choices):

@@ -76,17 +76,17 @@ def closed_port():
         return free.getsockname()[1]
 
 
-def test_flowers_are_split_90_to_10_and_share_none(tmp_path):
+def test_flowers_are_cut_into_three_parts_that_share_none(tmp_path):
     write_flowers(tmp_path)
     photos = fine_tuning.flowers(tmp_path)
-    assert (photos.train_size, photos.validation_size) == (18, 2)
+    assert (photos.train_size, photos.validation_size) == (16, 2)
     values = [
         {int(np.median(image)) // 10 for image, _ in part}
-        for part in (photos.train, photos.validation)
+        for part in (photos.train, photos.validation, photos.test)
     ]
-    assert len(values[0]) == 18 and len(values[1]) == 2 and not values[0] & values[1]
+    assert [len(part) for part in values] == [16, 2, 2] and len(set.union(*values)) == 20
     assert photos.class_names == CLASSES and photos.name == "tf_flowers"
-    assert fine_tuning.class_counts(photos).sum() == 18
+    assert fine_tuning.class_counts(photos).sum() == 16
     assert [int(label) for label in photos.train_labels] == [int(k) for _, k in photos.train]
 
 
@@ -153,9 +153,9 @@ def test_flowers_are_fetched_within_limits_and_prepared(tmp_path, monkeypatch):
             fine_tuning.flowers(tmp_path)
         monkeypatch.setattr(datasets, "FLOWERS_ARCHIVE", known)
         photos = fine_tuning.flowers(tmp_path)
-    assert (photos.train_size, photos.validation_size) == (18, 2)
+    assert (photos.train_size, photos.validation_size) == (16, 2)
     assert fine_tuning.flowers_are_here(tmp_path)
-    assert len(list(fine_tuning.flowers(tmp_path).train)) == 18
+    assert len(list(fine_tuning.flowers(tmp_path).train)) == 16
 
 
 def test_the_archive_is_the_one_that_tensorflow_datasets_knows():

@@ -95,6 +95,7 @@ def test_train_prints_its_result_as_json_and_progress_elsewhere(trained):
     assert result["classes"] == ["bright", "dark"] and result["epochs"] == 1
     assert set(result["per_class"]) == {"bright", "dark"} and not result["interrupted"]
     assert 0 <= result["accuracy"] <= 1 and "val_accuracy" in done.stderr
+    assert result["frozen_head_accuracy"] is None and "frozen" not in done.stderr
     assert sorted(path.name for path in place.iterdir()) == ["model.safetensors", "photos"]
 
 
@@ -399,6 +400,8 @@ def test_a_run_in_the_photographs_own_folder_can_be_run_again(train, tmp_path, m
         (photos / left / "run.npz").write_bytes(b"PK")
     again = printed(lambda: train(". --weights=ph.safetensors --out=m.safetensors"))
     assert b"the weights ph.safetensors, the head too" in again and b"at random" not in again
+    assert again.count(b"A linear head on these weights, frozen: ") == 1
+    assert b" (a head on the frozen weights alone: " in again
     predictions = printed(lambda: main(["predict", "m.safetensors", ".", "--top=2"])).splitlines()
     assert len(predictions) == 8 and all(rb"\u82b1 " in line for line in predictions)
 

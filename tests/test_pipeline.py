@@ -7,7 +7,7 @@ import tensorflow as tf
 from skimage import data
 
 from gcvit import fine_tuning
-from gcvit.fine_tuning import Photographs, pipeline
+from gcvit.fine_tuning import pipeline
 from gcvit.images import denormalize, normalize, resize
 
 
@@ -94,30 +94,6 @@ def test_what_rand_augment_draws_follows_from_its_seed():
     image = tf.cast(resize(data.chelsea(), 32), "float32")
     first, again, other = (augment(image, (0, i)).numpy() for i in (1, 1, 2))
     assert np.array_equal(first, again) and not np.array_equal(first, other)
-
-
-def test_photographs_in_memory_are_the_resized_ones_and_are_read_once():
-    reads = []
-
-    def read(i):
-        reads.append(int(i))
-        return np.full((8, 8, 3), i, "uint8")
-
-    numbers = tf.data.Dataset.range(6)
-    images = numbers.map(
-        lambda i: (tf.ensure_shape(tf.numpy_function(read, [i], tf.uint8), (8, 8, 3)), i)
-    )
-    photos = Photographs(images, images, numbers, list("abcdef"), 6, 6, "")
-    stored = fine_tuning.in_memory(photos, 4)
-
-    def epoch_of(number):
-        return fine_tuning.make_dataset(stored.train, 4, 4, train=True, epoch=number)
-
-    for _ in fine_tuning.every_epoch(epoch_of, 0, 3):
-        pass
-    for image, label in stored.train:
-        np.testing.assert_array_equal(image, np.full((4, 4, 3), label))
-    assert sorted(reads) == list(range(6))
 
 
 @pytest.mark.numerics  # Keras's layers in it must not compute with the model's backend

@@ -21,11 +21,11 @@ from gcvit.fine_tuning.evaluation import (
     predict,
     training_speed,
 )
+from gcvit.fine_tuning.frozen import head_accuracy, linear_head, pooled_features
 from gcvit.fine_tuning.pipeline import (
     every_epoch,
     flip,
     flip_and_color,
-    in_memory,
     make_dataset,
     mix,
     one_hot,
@@ -78,9 +78,10 @@ __all__ = [
     "flowers",
     "flowers_are_here",
     "from_folder",
-    "in_memory",
+    "head_accuracy",
     "jit_compile",
     "layer_rates",
+    "linear_head",
     "load_classifier",
     "make_dataset",
     "mix",
@@ -90,6 +91,7 @@ __all__ = [
     "photographs",
     "photographs_in",
     "pipeline_speed",
+    "pooled_features",
     "precision",
     "precision_and_recall",
     "predict",

@@ -38,17 +38,19 @@ TRAINING_SHARE = 0.6
 
 @dataclasses.dataclass
 class Photographs:
-    """Photographs with labels, in two parts that share none.
+    """Photographs with labels, in parts that share none.
 
     Attributes:
         train: `tf.data.Dataset` of (image, label): (height, width, 3) uint8, and an integer.
-        validation: the same, of other photographs.
+        validation: the same, of other photographs: what is chosen is chosen by them.
         train_labels: `tf.data.Dataset` of the labels in `train`, for which none is decoded.
         class_names: name of each label.
         train_size: number of photographs in `train`.
         validation_size: number of photographs in `validation`.
         source: one sentence that says what they are and why these.
         name: "tf_flowers", "scikit-image", or the name of a folder.
+        test: as `validation`, of other photographs again, which are looked at once, at the
+            end; `None` where there are too few for a third part.
     """
 
     train: tf.data.Dataset
@@ -59,9 +61,10 @@ class Photographs:
     validation_size: int
     source: str
     name: str = ""
+    test: tf.data.Dataset | None = None
 
     def take(self, train_size=None, validation_size=None):
-        """Return the first so many of each part; `None` keeps all."""
+        """Return the first so many to train on and to validate on; `None` keeps all."""
         train_size = min(train_size or self.train_size, self.train_size)
         validation_size = min(validation_size or self.validation_size, self.validation_size)
         return dataclasses.replace(
@@ -114,7 +117,9 @@ def flowers_are_here(data_dir=None):
 
 
 def flowers(data_dir=None):
-    """Return `tf_flowers`; the last tenth, which it has no split for, is for validation.
+    """Return `tf_flowers`, eight tenths to train on, one to validate on, and the last to test.
+
+    It comes in one part, in a random order, by which it is cut.
 
     Args:
         data_dir: tensorflow-datasets' folder; default: `TFDS_DATA_DIR`, or
@@ -144,8 +149,8 @@ def flowers(data_dir=None):
         builder.download_and_prepare(download_config=config)
     except OSError as error:  # also what a download that breaks off raises
         raise FetchError(f"tf_flowers cannot be prepared: {error}") from error
-    splits = ["train[:90%]", "train[90%:]"]
-    train, validation = builder.as_dataset(splits, as_supervised=True)
+    splits = ["train[:80%]", "train[80%:90%]", "train[90%:]"]
+    train, validation, test = builder.as_dataset(splits, as_supervised=True)
     encoded = builder.as_dataset(
         splits[0], as_supervised=True, decoders={"image": tfds.decode.SkipDecoding()}
     )
@@ -154,9 +159,10 @@ def flowers(data_dir=None):
         validation,
         encoded.map(lambda image, label: label),
         builder.info.features["label"].names,
-        *(builder.info.splits[split].num_examples for split in splits),
+        *(builder.info.splits[split].num_examples for split in splits[:2]),
         "The photographs are tf_flowers: five kinds of flowers from Flickr.",
         "tf_flowers",
+        test,
     )
 
 

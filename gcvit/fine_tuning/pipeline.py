@@ -4,8 +4,6 @@ An epoch's order and all its draws follow from two integers, the seed and the ep
 nothing that is kept: a run that is cut off goes on with what it would have been given.
 """
 
-import dataclasses
-
 import keras
 import tensorflow as tf
 
@@ -29,25 +27,6 @@ def resized(image, image_size, crop=1.0, box=None):
             lambda x, edges: resize(x, image_size, box=edges.tolist()), [image, box], tf.uint8
         )
     return tf.ensure_shape(result, (*pair("image_size", image_size), 3))
-
-
-def in_memory(photos, image_size):
-    """Return `Photographs` whose images are resized, and kept after the first pass over them.
-
-    Args:
-        photos: `Photographs`.
-        image_size: see `make_dataset`.
-    """
-
-    def small(part):
-        return part.map(
-            lambda image, label: (resized(image, image_size), label),
-            num_parallel_calls=tf.data.AUTOTUNE,
-        ).cache()
-
-    return dataclasses.replace(
-        photos, train=small(photos.train), validation=small(photos.validation)
-    )
 
 
 def random_box(image, seed, smallest):
