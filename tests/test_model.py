@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import io
 import os
 import re
@@ -424,8 +425,13 @@ def test_eight_bits_stay_near():
     model = GCViT.from_preset("gcvit_nano")
     images = RNG.normal(size=(4, 128, 128, 3)).astype("float32")
     exact = run(model, images)
-    with pytest.raises(ValueError, match="got 'float8'"):
-        model.quantize("float8")
+    for wrong, message in (
+        ({"mode": "float8"}, "got 'float8'"),
+        ({"config": keras.quantizers.Int4QuantizationConfig()}, "got 'int4'"),
+        ({"filters": "mpl"}, "No dense layer passes the filters 'mpl'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.quantize(**wrong)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model.quantize("int8")
@@ -434,10 +440,29 @@ def test_eight_bits_stay_near():
     assert 0 < np.abs(run(model, images) - exact).max() < 0.1
 
 
-def test_the_old_form_of_keras_is_refused_before_it_is_written(tmp_path):
-    with pytest.raises(ValueError, match="is saved as .keras"):
-        tiny_model().save(tmp_path / "m.h5")
+def test_another_ending_is_refused_before_anything_is_written(tmp_path):
+    for name in ("m.h5", "m"):
+        with pytest.raises(ValueError, match=f"is saved as .keras.* got .*/{name}\\."):
+            tiny_model().save(tmp_path / name)
+        with pytest.raises(ValueError, match=f"saved as .weights.h5.* got .*/{name}\\."):
+            tiny_model().save_weights(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name, form", [("m.tflite", "litert"), ("m", "tf_saved_model")])
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="written on TensorFlow")
+def test_an_export_that_breaks_off_leaves_what_was_there(name, form, model, tmp_path, monkeypatch):
+    def breaks_off(self, path, **options):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(keras.Model, "export", breaks_off)
+    (tmp_path / name).write_bytes(b"whole")
+    with pytest.raises(OSError, match=f"{name} cannot be written .No space left on device"):
+        model.export(tmp_path / name, format=form)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
+    with pytest.raises(ValueError, match=r"LiteRT is a \.tflite file; got m\.keras"):
+        model.export("m.keras", format="litert")
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="written on TensorFlow")
@@ -493,6 +518,16 @@ def test_a_saved_models_optimizer_is_found_when_it_is_asked_for(tmp_path):
     read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     name, count = read.stdout.split()[-2:]
     assert (name, int(count)) == ("LayerwiseAdamW", len(model.optimizer.variables))
+
+
+@pytest.mark.parametrize("largest, said", [(255, "go up to 25"), (1, "are 0 to 1")])
+def test_arrays_that_are_not_normalized_are_said(largest, said):
+    model = tiny_model()
+    images = largest * RNG.uniform(size=(2, 32, 32, 3)).astype("float32")
+    model.compile("sgd", "mse", run_eagerly=True)
+    for use in (model, model.predict, lambda x: model.evaluate(x, np.zeros((2, 3)), verbose=0)):
+        with pytest.warns(UserWarning, match=f"not normalized: their numbers {said}"):
+            use(images)
 
 
 def test_plain_fit_says_what_keras_passes_over():
