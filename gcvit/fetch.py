@@ -67,13 +67,13 @@ def fetch(url, size=None, sha256=None, name=None, folder="models", timeout=TIMEO
         FetchError: if it cannot be had, or is not what was expected.
     """
     name = name or url.rsplit("/", 1)[-1]
-    url = mirrored(url)
+    of_hub, url = "huggingface.co" in url, mirrored(url)
     places = cache_folders(folder)
     for place in places:
         path = place / name
         if path.is_file() and (size is None or path.stat().st_size == size):
             return path
-    if "huggingface.co" in url and os.environ.get("HF_HUB_OFFLINE", "0").upper() in OFFLINE:
+    if of_hub and os.environ.get("HF_HUB_OFFLINE", "0").upper() in OFFLINE:
         raise FetchError(
             f"{url} is not in {places[0]}, and HF_HUB_OFFLINE is set: nothing is sought."
         )

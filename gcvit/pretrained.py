@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import gc
 import os
 import warnings
 
@@ -162,20 +163,36 @@ class PretrainedModel(keras.Model):
             spec.assign(value)
 
     def _takes_optimizer_of(self, path):
-        """Tell whether a file has an optimizer's state for this model; raise if for another."""
+        """Tell whether a file has an optimizer's state for this model; raise if for another.
+
+        An optimizer that has not trained yet takes the state where it can, and is built for it.
+        """
         optimizer = getattr(self, "optimizer", None)
         stored = readers.optimizer_shapes(path) if optimizer is not None else []
-        if not stored or not optimizer.built:
+        if not stored:
             return False
-        own = [tuple(variable.shape) for variable in optimizer.variables]
-        if stored != own:
-            raise readers.CheckpointError(
+        fresh = not optimizer.built
+        sample = optimizer.from_config(optimizer.get_config()) if fresh else optimizer
+        if fresh:
+            sample.build(self.trainable_variables)
+        own = [tuple(variable.shape) for variable in sample.variables]
+        if stored == own:
+            if fresh:
+                optimizer.build(self.trainable_variables)
+            return True
+        if fresh:
+            warnings.warn(
                 f"{path} holds the state of another optimizer, or of one for other trainable "
-                f"weights ({len(stored)} variables; this model's has {len(own)}, or others "
-                "in shape). Freeze what was frozen then, or compile the model anew and read "
-                "the file before it trains."
+                "weights: it is left out, and the training starts anew.",
+                stacklevel=3,
             )
-        return True
+            return False
+        raise readers.CheckpointError(
+            f"{path} holds the state of another optimizer, or of one for other trainable "
+            f"weights ({len(stored)} variables; this model's has {len(own)}, or others "
+            "in shape). Freeze what was frozen then, or compile the model anew and read "
+            "the file before it trains."
+        )
 
     def get_build_config(self):
         """Return the shape to build for, and how layers differ from new ones, for `.keras`."""
@@ -209,15 +226,15 @@ class PretrainedModel(keras.Model):
 
     def build_from_config(self, config):
         self.build(config["input_shape"])
-        states = config.get("layers", {})
-        for path, layer in self._parts():
-            state = states.get(path, {})
-            if "lora" in state:
-                layer.enable_lora(state["lora"][0], lora_alpha=state["lora"][1])
-            if "quantized" in state:
-                how = keras.saving.deserialize_keras_object(state["quantized"])
-                layer.quantize(config=how, type_check=False)
-            layer.trainable = "frozen" not in state
+        with _garbage_frozen():
+            for path, layer in self._parts():
+                state = config["layers"].get(path, {})
+                if "lora" in state:
+                    layer.enable_lora(state["lora"][0], lora_alpha=state["lora"][1])
+                if "quantized" in state:
+                    how = keras.saving.deserialize_keras_object(state["quantized"])
+                    layer.quantize(config=how, type_check=False)
+                layer.trainable = "frozen" not in state
         for variable in self.weights:  # that of a layer would train what it adapts
             variable.trainable = _name_in(variable) not in config["fixed"]
 
@@ -269,7 +286,6 @@ class PretrainedModel(keras.Model):
             ValueError: for another mode, a model that computes in half precision, is not built or
                 is quantized already, or filters that leave nothing; nothing is changed.
         """
-        mode = getattr(config, "mode", mode)
         if mode != "int8":
             raise ValueError(f'A GCViT is quantized by model.quantize("int8"); got {mode!r}.')
         if self.compute_dtype != "float32":
@@ -281,7 +297,7 @@ class PretrainedModel(keras.Model):
             raise ValueError("Build the model before it is quantized: its weights are rounded.")
         if any(getattr(layer, "quantization_mode", None) for _, layer in self._parts()):
             raise ValueError("The model is quantized already.")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _garbage_frozen():
             # Keras warns of each layer that has no eight bits, two hundred in the smallest model.
             warnings.filterwarnings("ignore", message=".*quantize")
             # The layers of `fast` have the weights of Keras's own: no need to check the class.
@@ -301,19 +317,18 @@ class PretrainedModel(keras.Model):
             input_shape: (height, width, channels); default: the size the model was built
                 for, or 224 px.
         """
-        if input_shape is None:
-            size = self.built_size if self.built else (224, 224)
-            input_shape = (*size, self.in_channels)
-        images = keras.Input(shape=input_shape)
-        return keras.Model(images, self.call(images), name=self.name)
+        return keras.Model(*self._ends(input_shape), name=self.name)
 
-    def _ends(self):
-        """Return input and output of the model as a graph, made once, as tensors of Keras."""
-        if "_graph_ends" not in vars(self):
-            graph = self.build_graph()
-            # Not by setattr: Keras would take what hangs on it for parts of the model.
-            vars(self)["_graph_ends"] = graph.input, graph.output
-        return vars(self)["_graph_ends"]
+    def _ends(self, input_shape=None):
+        """Return input and output as tensors of Keras, once for a shape: layers know the first."""
+        size = self.built_size if self.built else (224, 224)
+        shape = tuple(input_shape or (*size, self.in_channels))
+        # Not by setattr: Keras would take what hangs on it for parts of the model.
+        ends = vars(self).setdefault("_graph_ends", {})
+        if shape not in ends:
+            images = keras.Input(shape=shape)
+            ends[shape] = images, self.call(images)
+        return ends[shape]
 
     @property
     def input(self):
@@ -374,6 +389,19 @@ class PretrainedModel(keras.Model):
             return super().export(filepath, format=format, **given)
         with checkpoints.replacing(filepath) as unfinished:
             return super().export(unfinished, format=format, **given)
+
+
+@contextlib.contextmanager
+def _garbage_frozen():
+    """Spare what is there the search for garbage that Keras begins for each quantized layer."""
+    free = gc.get_freeze_count() == 0  # else it is the user's
+    if free:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if free:
+            gc.unfreeze()
 
 
 def _name_in(variable):

@@ -389,7 +389,10 @@ def test_to_build_what_is_built_changes_the_size_alone():
 @slow_on_jax
 def test_it_is_a_base_as_keras_applications_are():
     base = tiny_model()
+    base.summary(print_fn=lambda text, **options: None)
     images = RNG.normal(size=(2, 32, 32, 3)).astype("float32")
+    maps = keras.Model(base.inputs, base.get_layer("norm").output)
+    assert len(run(maps, images).shape) == 4
     twin = keras.Model(base.inputs, base.outputs)
     np.testing.assert_allclose(run(twin, images), run(base, images), atol=1e-6)
     new = keras.Model(base.input, keras.layers.Dense(2)(base.output))
@@ -428,7 +431,7 @@ def test_eight_bits_stay_near():
     for wrong, message in (
         ({"mode": "float8"}, "got 'float8'"),
         ({"config": keras.quantizers.Int4QuantizationConfig()}, "got 'int4'"),
-        ({"filters": "mpl"}, "No dense layer passes the filters 'mpl'"),
+        ({"mode": "int8", "filters": "mpl"}, "No dense layer passes the filters 'mpl'"),
     ):
         with pytest.raises(ValueError, match=message):
             model.quantize(**wrong)

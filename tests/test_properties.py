@@ -1,7 +1,5 @@
 """A short run of what `make fuzz` draws at length: ordinary use loses nothing, alters nothing."""
 
-import gc
-
 import keras
 import properties
 import pytest
@@ -11,13 +9,6 @@ EXAMPLES = {"folder": 15, "checkpoint": 15, "order": 6, "command": 3}
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="the numbers of the others are tested elsewhere"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_garbage():
-    gc.freeze()  # Keras collects it for each layer that it quantizes: a second for all there is
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize("name", properties.PROPERTIES)

@@ -481,6 +481,25 @@ def test_the_state_of_another_optimizer_is_refused_before_anything_is_assigned(t
     assert same_weights(other, before)
 
 
+def test_an_optimizer_that_has_not_trained_takes_the_state_or_it_is_said(tmp_path, tiny):
+    model = tiny_model()
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    for variable in model.optimizer.variables:
+        variable.assign(np.full(variable.shape, 3))
+    model.save_weights(tmp_path / "m.weights.h5")
+    twin = tiny_model()
+    twin.compile("adam", "mse")
+    twin.load_weights(tmp_path / "m.weights.h5")
+    assert all((to_numpy(variable) == 3).all() for variable in twin.optimizer.variables)
+    assert same_weights(twin, weights_of(model))
+    twin.levels[0].trainable = False
+    twin.compile("adam", "mse")
+    with pytest.warns(UserWarning, match="state of another optimizer.* the training starts anew"):
+        twin.load_weights(tmp_path / "m.weights.h5")
+    assert not twin.optimizer.built
+
+
 @pytest.mark.parametrize("value, message", [(np.nan, "not finite"), (1e5, "above 65504")])
 def test_weights_that_a_file_cannot_hold_are_not_written(value, message, tmp_path, other):
     other.norm.gamma.assign(np.full(16, value))

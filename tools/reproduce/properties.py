@@ -12,7 +12,6 @@ import argparse
 import collections
 import contextlib
 import functools
-import gc
 import io
 import json
 import os
@@ -159,7 +158,7 @@ class Folder:
     def photo(self, folder, photo, of_class=None):
         """Write a photograph that is expected; no two are the same."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.count}.{photo[0][0]}"
+        path = folder / f"{self.stem}.{photo[0][0]}"
         seen = write_photo(path, (*photo[:3], 100 * photo[3] + self.count))
         self.expected.append((of_class or folder.name, *seen))
         self.first.setdefault(folder.name == self.classes[1], path)
@@ -167,7 +166,7 @@ class Folder:
 
     def add(self, kind, photo, path):
         """Put something into a class, or beside the classes."""
-        folder, beside = path.parent, self.root / f"{path.name} of no class"
+        self.stem, folder, beside = path.name, path.parent, self.root / f"{path.name} of no class"
         plain, of_class = (KINDS[0], 1, False, photo[3]), folder.name
         acts = {
             "photo": lambda: self.photo(folder, photo),
@@ -713,7 +712,6 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     end, seed, faults = time.monotonic() + 60 * arguments.minutes, arguments.seed, {}
-    gc.freeze()  # Keras collects garbage for each layer that it quantizes: a second for all of it
     while time.monotonic() < end:
         for name in [arguments.only] if arguments.only else PROPERTIES:
             try:
