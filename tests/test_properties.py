@@ -4,7 +4,7 @@ import keras
 import properties
 import pytest
 
-EXAMPLES = {"folder": 15, "checkpoint": 15, "order": 6, "command": 3}
+EXAMPLES = {"folder": 12, "checkpoint": 15, "order": 4, "command": 2}
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="the numbers of the others are tested elsewhere"

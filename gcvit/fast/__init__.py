@@ -1,8 +1,9 @@
 """Appendix C: Keras's layers with a faster way to the same numbers, backend by backend.
 
-Each class is Keras's of the same name, with its weights and its checkpoint paths. Only `call`
-differs: it asks the backend's module of kernels (`gcvit.fast.tensorflow`, `.jax` or `.torch`),
-and where that has none for the case, Keras's own layer computes.
+Each class is Keras's of the same name, with its weights and its checkpoint paths. Two things
+differ. Files keep a LoRA adapter. And `call` asks the backend's module of kernels
+(`gcvit.fast.tensorflow`, `.jax` or `.torch`); where that has none for the case, Keras's own layer
+computes.
 
 On JAX on the CPU these gradients can be taken backwards only, as training does: `jax.grad` and
 `jax.vjp` work, `jax.jvp` and `jax.jacfwd` do not.

@@ -137,9 +137,10 @@ class Classifier:
 
     def _probabilities(self, images):
         answers = self.model.predict_on_batch(images)
-        if keras.activations.get(self.model.head_activation) is keras.activations.linear:
-            answers = np.exp(answers - answers.max(axis=-1, keepdims=True))
-        return answers / answers.sum(axis=-1, keepdims=True)
+        if keras.activations.get(self.model.head_activation) is not keras.activations.linear:
+            return answers
+        shares = np.exp(answers - answers.max(axis=-1, keepdims=True))
+        return shares / shares.sum(axis=-1, keepdims=True)
 
     def predict(self, paths, batch_size=32):
         """Yield (path, probabilities of the classes, or the `DatasetError`) for each path.

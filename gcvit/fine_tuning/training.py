@@ -359,18 +359,12 @@ def make_variables(model, labels, classes):
         classes: number of classes.
 
     Raises:
-        ValueError: if the model has no weights yet to make them for, or gives logits.
+        ValueError: if the model has no weights yet to make them for.
     """
     if not model.built:
         raise ValueError(
             "The model has no weights yet, so nothing can be trained. Build it first: "
             "model.build((None, height, width, 3))."
-        )
-    activation = keras.activations.get(getattr(model, "head_activation", "softmax"))
-    if activation is keras.activations.linear:
-        raise ValueError(
-            "The recipes train a model that gives probabilities, and this one gives logits: build "
-            'it with head_activation="softmax".'
         )
     model.optimizer.build(model.trainable_variables)
     model.compute_metrics(None, labels, np.zeros((1, classes), "float32"))
