@@ -17,14 +17,13 @@ import keras
 import numpy as np
 
 from gcvit import fine_tuning
-from gcvit.convert import FORMATS
 from gcvit.convert import convert as convert_checkpoint
 from gcvit.fine_tuning.classifier import json_text
 from gcvit.fine_tuning.datasets import FLOWERS_ARCHIVE, flowers_folder, short_side_for
 from gcvit.model import GCViT
 from gcvit.presets import PRESETS
 from gcvit.readers import class_names
-from gcvit.weights import locate, looks_like_path
+from gcvit.weights import FORMATS, locate, looks_like_path
 
 INTERRUPTED = 130
 """Exit code of a process that SIGINT ends, as shells know it."""

@@ -77,9 +77,9 @@ def heads_divide(channels, num_heads):
 
 
 def labels_within(labels, classes):
-    """Raise a `ValueError` unless all labels are from 0 to `classes` - 1."""
+    """Raise a `ValueError` unless all labels are whole numbers from 0 to `classes` - 1."""
     labels = np.asarray(labels)
-    outside = labels[(labels < 0) | (labels >= classes)]
+    outside = labels[~((labels >= 0) & (labels < classes) & (labels == np.floor(labels)))]
     if outside.size:
         raise ValueError(
             f"The label {outside[0]} is outside the {classes} classes, 0 to {classes - 1}."
@@ -87,7 +87,7 @@ def labels_within(labels, classes):
 
 
 def not_normalized(images):
-    """Return a sentence on an array of images whose numbers are not a model's, or `None`.
+    """Return a sentence on an array of images whose numbers are hardly a model's, or `None`.
 
     Raises:
         ValueError: if some of the numbers are not finite.
@@ -95,9 +95,9 @@ def not_normalized(images):
     largest = np.abs(images).max(initial=0)
     if not np.isfinite(largest):
         raise ValueError("Some numbers of the images are not finite: look for NaN in the data.")
-    if largest <= 20:  # normalized ones stay below 3
-        return None
-    return (
-        f"The images are not normalized: their numbers go up to {largest:g}. Pass photographs of "
-        "0 to 255 through gcvit.images.normalize."
-    )
+    way_out = "Pass photographs of 0 to 255 through gcvit.images.normalize."
+    if largest > 20:  # normalized ones stay below 3
+        return f"The images are not normalized: their numbers go up to {largest:g}. {way_out}"
+    if 0 < largest <= 1 and np.min(images) >= 0:  # those of a photograph have a mean of about 0
+        return f"The images are not normalized: their numbers are 0 to 1. {way_out}"
+    return None

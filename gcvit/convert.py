@@ -15,13 +15,16 @@ from gcvit.model import GCViT
 from gcvit.presets import PRESETS
 from gcvit.pretrained import scaled_windows
 from gcvit.readers import CheckpointError
-from gcvit.weights import load_checkpoint, read_tensors, save_safetensors, weight_specs
+from gcvit.weights import (
+    FORMATS,
+    load_checkpoint,
+    read_tensors,
+    save_safetensors,
+    weight_specs,
+)
 
 RESULTS = Path(__file__).parent / "results"
 """Folder of what was measured elsewhere and ships with the package."""
-
-FORMATS = (".safetensors", ".weights.h5", ".keras")
-"""What `convert` writes, by the ending of the file's name."""
 
 # What tells a model's sizes, in the three kinds of names: a pattern for each, whose groups are
 # the level and, where there is one, the block.
@@ -219,6 +222,8 @@ def convert(source, target, naming="official", dtype="float32", image_size=None,
     source, target = os.fspath(source), os.fspath(target)
     ending = next((ending for ending in FORMATS if target.endswith(ending)), None)
     _check_choices(target, ending, naming, dtype)
+    if os.path.exists(target) and os.path.samefile(source, target):
+        raise ValueError(f"{target} is the file to read; name another one to write.")
     arguments = architecture(source)
     preset = preset_of(arguments)
     if image_size is not None:

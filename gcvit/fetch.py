@@ -17,6 +17,9 @@ TIMEOUT = 10
 LARGEST = 2_000_000_000
 """Bytes after which a download of unknown size is given up."""
 
+OFFLINE = ("1", "ON", "YES", "TRUE")
+"""Values of `HF_HUB_OFFLINE` by which Hugging Face's library keeps from the network."""
+
 ABANDONED = 3600
 """Seconds without a further byte after which a part of a file is nobody's any more."""
 
@@ -64,12 +67,16 @@ def fetch(url, size=None, sha256=None, name=None, folder="models", timeout=TIMEO
         FetchError: if it cannot be had, or is not what was expected.
     """
     name = name or url.rsplit("/", 1)[-1]
-    url = mirrored(url)
+    of_hub, url = "huggingface.co" in url, mirrored(url)
     places = cache_folders(folder)
     for place in places:
         path = place / name
         if path.is_file() and (size is None or path.stat().st_size == size):
             return path
+    if of_hub and os.environ.get("HF_HUB_OFFLINE", "0").upper() in OFFLINE:
+        raise FetchError(
+            f"{url} is not in {places[0]}, and HF_HUB_OFFLINE is set: nothing is sought."
+        )
     unfinished = None
     try:
         with urllib.request.urlopen(url, timeout=timeout) as answer:

@@ -101,6 +101,10 @@ def _checked(image):
     return image
 
 
+SAMPLE_FORMAT = 339
+"""The tag of a TIFF that says whether its numbers have a sign: 1 where they have none."""
+
+
 def read_photograph(path, short_side=None):
     """Read a photograph as it is meant to be seen, whatever its file holds.
 
@@ -131,10 +135,14 @@ def read_photograph(path, short_side=None):
             image.filename = ""
             if short_side:
                 image.draft(None, _at_least(image.size, short_side))
+            # Pillow has no mode for 32 bits without a sign.
+            unsigned = getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, (1,)) == (1,)
             deep = any(";16" in str(tile[3]) for tile in image.tile)
             image = _upright(image)
             if image.mode[0] in "IF":  # convert() would clip them
-                image = Image.fromarray(_to_8_bits(np.asarray(image)))
+                levels = np.asarray(image)
+                levels = levels.view("uint32") if unsigned and image.mode == "I" else levels
+                image = Image.fromarray(_to_8_bits(levels))
             elif deep and max(high for _, high in image.convert("RGB").getextrema()) < 64:
                 # Pillow reads the upper eight bits alone.
                 raise ValueError("of its 16 bits a color, the upper two are empty: save it in 8")

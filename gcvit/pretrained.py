@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import gc
 import os
 import warnings
 
@@ -105,24 +106,37 @@ class PretrainedModel(keras.Model):
     def fit(self, x=None, y=None, *args, **kwargs):
         """Train: see `keras.Model.fit`. What Keras passes over in silence is said.
 
-        A warning tells of images in an array that are not normalized, and of an epoch whose loss
-        is not a finite number.
+        A warning tells of images in an array that are not normalized, as it does where an array
+        is evaluated, predicted or called on, and of an epoch whose loss is not a finite number.
 
         Raises:
             ValueError: for NaN in an array of images, and for labels in an array that are none of
                 the classes of `sparse_categorical_crossentropy`, before anything is trained.
         """
-        if isinstance(x, np.ndarray) and x.dtype.kind == "f":
-            sentence = not_normalized(x[:32])
-            if sentence:
-                warnings.warn(sentence, stacklevel=2)
+        self._look_at(x, y)
+        if len(args) < 4:  # callbacks are given by their name, as they mostly are
+            kwargs["callbacks"] = [*keras.tree.flatten(kwargs.get("callbacks") or []), _SaysNaN()]
+        return super().fit(x, y, *args, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, **kwargs):
+        self._look_at(x, y)
+        return super().evaluate(x, y, *args, **kwargs)
+
+    def _look_at(self, x, y):
+        """Warn of images in an array that are not normalized; raise for labels of no class."""
+        _warn_of(x, stacklevel=4)
         sparse = "sparse_categorical_crossentropy", "SparseCategoricalCrossentropy"
         loss = getattr(self, "loss", None)
         if isinstance(y, np.ndarray) and (loss in sparse or type(loss).__name__ in sparse):
             labels_within(y, self.num_classes)
-        if len(args) < 4:  # callbacks are given by their name, as they mostly are
-            kwargs["callbacks"] = [*keras.tree.flatten(kwargs.get("callbacks") or []), _SaysNaN()]
-        return super().fit(x, y, *args, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        _warn_of(x)
+        return super().predict(x, *args, **kwargs)
+
+    def __call__(self, images, *args, **kwargs):
+        _warn_of(images)
+        return super().__call__(images, *args, **kwargs)
 
     # Files.
 
@@ -143,34 +157,50 @@ class PretrainedModel(keras.Model):
         if kwargs:
             raise TypeError(f"GCViT.load_weights does not take {', '.join(kwargs)}.")
         plan, _ = checkpoints.plan_loading(self, filepath, skip_head_mismatch=skip_mismatch)
-        if self._takes_optimizer_of(filepath):
-            # Keras also restores the optimizer and the random generators, but half of an adapter.
-            super().load_weights(filepath, skip_mismatch=skip_mismatch)
+        if self._takes_optimizer_of(filepath):  # Keras also restores the random generators
+            return super().load_weights(filepath, skip_mismatch=skip_mismatch)
         for spec, value in plan:
             spec.assign(value)
 
     def _takes_optimizer_of(self, path):
-        """Tell whether a file has an optimizer's state for this model; raise if for another."""
+        """Tell whether a file has an optimizer's state for this model; raise if for another.
+
+        An optimizer that has not trained yet takes the state where it can, and is built for it.
+        """
         optimizer = getattr(self, "optimizer", None)
         stored = readers.optimizer_shapes(path) if optimizer is not None else []
-        if not stored or not optimizer.built:
+        if not stored:
             return False
-        own = [tuple(variable.shape) for variable in optimizer.variables]
-        if stored != own:
-            raise readers.CheckpointError(
+        fresh = not optimizer.built
+        sample = optimizer.from_config(optimizer.get_config()) if fresh else optimizer
+        if fresh:
+            sample.build(self.trainable_variables)
+        own = [tuple(variable.shape) for variable in sample.variables]
+        if stored == own:
+            if fresh:
+                optimizer.build(self.trainable_variables)
+            return True
+        if fresh:
+            warnings.warn(
                 f"{path} holds the state of another optimizer, or of one for other trainable "
-                f"weights ({len(stored)} variables; this model's has {len(own)}, or others "
-                "in shape). Freeze what was frozen then, or compile the model anew and read "
-                "the file before it trains."
+                "weights: it is left out, and the training starts anew.",
+                stacklevel=3,
             )
-        return True
+            return False
+        raise readers.CheckpointError(
+            f"{path} holds the state of another optimizer, or of one for other trainable "
+            f"weights ({len(stored)} variables; this model's has {len(own)}, or others "
+            "in shape). Freeze what was frozen then, or compile the model anew and read "
+            "the file before it trains."
+        )
 
     def get_build_config(self):
         """Return the shape to build for, and how layers differ from new ones, for `.keras`."""
         if not self.built:
             return None
         shape = (None, *self.built_size, self.in_channels)
-        return {"input_shape": shape, "layers": self._layer_states()}
+        fixed = [_name_in(variable) for variable in self.weights if not variable.trainable]
+        return {"input_shape": shape, "layers": self._layer_states(), "fixed": fixed}
 
     def _layer_states(self):
         """Return what was done to layers after they were made, {attribute path: what}."""
@@ -196,29 +226,31 @@ class PretrainedModel(keras.Model):
 
     def build_from_config(self, config):
         self.build(config["input_shape"])
-        states = config.get("layers", {})
-        for path, layer in self._parts():
-            state = states.get(path, {})
-            if "lora" in state:
-                layer.enable_lora(state["lora"][0], lora_alpha=state["lora"][1])
-            if "quantized" in state:
-                config = keras.saving.deserialize_keras_object(state["quantized"])
-                layer.quantize(config=config, type_check=False)
-            layer.trainable = "frozen" not in state
+        with _garbage_frozen():
+            for path, layer in self._parts():
+                state = config["layers"].get(path, {})
+                if "lora" in state:
+                    layer.enable_lora(state["lora"][0], lora_alpha=state["lora"][1])
+                if "quantized" in state:
+                    how = keras.saving.deserialize_keras_object(state["quantized"])
+                    layer.quantize(config=how, type_check=False)
+                layer.trainable = "frozen" not in state
+        for variable in self.weights:  # that of a layer would train what it adapts
+            variable.trainable = _name_in(variable) not in config["fixed"]
 
     def save(self, filepath, *args, **kwargs):
         """Write the model: see `keras.Model.save`. The file is replaced when the new one is whole.
 
-        Frozen layers, LoRA adapters (merged, and started anew), quantized layers and the
-        optimizer's state are in the file too.
+        Frozen layers, LoRA adapters, quantized layers and the optimizer's state are in the file
+        too: a training goes on from there.
 
         Raises:
-            ValueError: for Keras's old `.h5`, which cannot be read back, before it is written.
+            ValueError: for another ending, as Keras's old `.h5`, which cannot be read back, before
+                anything is written.
         """
-        if os.fspath(filepath).endswith((".h5", ".hdf5")):
+        if kwargs.get("zipped") is not False and not os.fspath(filepath).endswith(".keras"):
             raise ValueError(
-                f"A GCViT is saved as .keras, or its weights as .weights.h5; got {filepath}, the "
-                "old form that keeps no class of one's own."
+                f"A GCViT is saved as .keras, or its weights as .weights.h5; got {filepath}."
             )
         with _whole(filepath, *args, **kwargs) as target:
             super().save(target, *args, **kwargs)
@@ -228,8 +260,13 @@ class PretrainedModel(keras.Model):
 
         Raises:
             gcvit.CheckpointError: for a quantized model, before anything is written.
+            ValueError: for another ending than `.weights.h5`, or `.weights.json` for shards.
         """
         checkpoints.weight_specs(self)
+        if not os.fspath(filepath).endswith((".weights.h5", ".weights.json")):
+            raise ValueError(
+                f"Weights are saved as .weights.h5, or in shards as .weights.json; got {filepath}."
+            )
         with _whole(filepath, *args, **kwargs) as target:
             super().save_weights(target, *args, **kwargs)
 
@@ -246,8 +283,8 @@ class PretrainedModel(keras.Model):
             type_check: without effect: see `keras.Model.quantize`.
 
         Raises:
-            ValueError: for another mode, or a model that computes in half precision, is not built
-                or is quantized already, before anything is changed.
+            ValueError: for another mode, a model that computes in half precision, is not built or
+                is quantized already, or filters that leave nothing; nothing is changed.
         """
         if mode != "int8":
             raise ValueError(f'A GCViT is quantized by model.quantize("int8"); got {mode!r}.')
@@ -260,11 +297,13 @@ class PretrainedModel(keras.Model):
             raise ValueError("Build the model before it is quantized: its weights are rounded.")
         if any(getattr(layer, "quantization_mode", None) for _, layer in self._parts()):
             raise ValueError("The model is quantized already.")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _garbage_frozen():
             # Keras warns of each layer that has no eight bits, two hundred in the smallest model.
             warnings.filterwarnings("ignore", message=".*quantize")
             # The layers of `fast` have the weights of Keras's own: no need to check the class.
             super().quantize(mode, config=config, filters=filters, type_check=False)
+        if not any(getattr(layer, "quantization_mode", None) for _, layer in self._parts()):
+            raise ValueError(f"No dense layer passes the filters {filters!r}.")
 
     def _check_quantize_args(self, mode, compute_dtype):
         """Leave it to `quantize`, whose sentence names the way out: Keras calls this before it."""
@@ -278,19 +317,18 @@ class PretrainedModel(keras.Model):
             input_shape: (height, width, channels); default: the size the model was built
                 for, or 224 px.
         """
-        if input_shape is None:
-            size = self.built_size if self.built else (224, 224)
-            input_shape = (*size, self.in_channels)
-        images = keras.Input(shape=input_shape)
-        return keras.Model(images, self.call(images), name=self.name)
+        return keras.Model(*self._ends(input_shape), name=self.name)
 
-    def _ends(self):
-        """Return input and output of the model as a graph, made once, as tensors of Keras."""
-        if "_graph_ends" not in vars(self):
-            graph = self.build_graph()
-            # Not by setattr: Keras would take what hangs on it for parts of the model.
-            vars(self)["_graph_ends"] = graph.input, graph.output
-        return vars(self)["_graph_ends"]
+    def _ends(self, input_shape=None):
+        """Return input and output as tensors of Keras, once for a shape: layers know the first."""
+        size = self.built_size if self.built else (224, 224)
+        shape = tuple(input_shape or (*size, self.in_channels))
+        # Not by setattr: Keras would take what hangs on it for parts of the model.
+        ends = vars(self).setdefault("_graph_ends", {})
+        if shape not in ends:
+            images = keras.Input(shape=shape)
+            ends[shape] = images, self.call(images)
+        return ends[shape]
 
     @property
     def input(self):
@@ -347,7 +385,36 @@ class PretrainedModel(keras.Model):
         given = {"input_signature": [keras.InputSpec(shape=shape, dtype="float32")], **kwargs}
         if format == "litert" and keras.backend.backend() == "tensorflow":
             return _export_litert(self, super().export, filepath, **given)
-        return super().export(filepath, format=format, **given)
+        if os.path.isdir(filepath):  # a SavedModel is a folder, in which others may have files
+            return super().export(filepath, format=format, **given)
+        with checkpoints.replacing(filepath) as unfinished:
+            return super().export(unfinished, format=format, **given)
+
+
+@contextlib.contextmanager
+def _garbage_frozen():
+    """Spare what is there the search for garbage that Keras begins for each quantized layer."""
+    free = gc.get_freeze_count() == 0  # else it is the user's
+    if free:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if free:
+            gc.unfreeze()
+
+
+def _name_in(variable):
+    """Return a variable's name within its model, whose own name Keras may number anew."""
+    return variable.path.partition("/")[2]
+
+
+def _warn_of(images, stacklevel=3):
+    """Warn of images in an array whose numbers are hardly normalized ones."""
+    if isinstance(images, np.ndarray) and images.dtype.kind == "f":
+        sentence = not_normalized(images[:32])
+        if sentence:
+            warnings.warn(sentence, stacklevel=stacklevel)
 
 
 class _SaysNaN(keras.callbacks.Callback):
@@ -404,10 +471,14 @@ def _export_onnx(model, filepath, **kwargs):
 def _export_litert(model, export, filepath, **kwargs):
     import tensorflow as tf
 
+    if not os.fspath(filepath).endswith(".tflite"):
+        raise ValueError(f"What is written as LiteRT is a .tflite file; got {filepath}.")
     kwargs.setdefault("target_spec", {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]})
-    with _with_gelu_of_tensorflow(model):
+    with checkpoints.replacing(filepath) as unfinished, _with_gelu_of_tensorflow(model):
         try:
-            export(filepath, format="litert", **kwargs)
+            export(unfinished, format="litert", **kwargs)
+        except OSError:
+            raise
         except Exception as error:
             raise ValueError(
                 "LiteRT has no operation of its own for some part of this model: export it in "

@@ -8,6 +8,7 @@ larger than the caller allows.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -30,8 +31,13 @@ _DIGEST = "payload_sha256"
 
 # What training scripts call the weights in their files, and the averaged ones, in the order in
 # which they are looked for.
-_CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "weights", "params")
-_CONTAINERS += ("state_dict_ema", "model_ema", "ema")
+_CONTAINERS = ("state_dict", "model", "model_state_dict", "module", "net", "network", "weights")
+_CONTAINERS += ("params", "state_dict_ema", "model_ema", "ema_state_dict", "ema")
+
+
+# A checkpoint's file in the folder that holds it.
+_FILES = ("model.weights.h5", "model.safetensors", "model.safetensors.index.json")
+_FILES += ("pytorch_model.bin",)
 
 
 class CheckpointError(ValueError):
@@ -88,6 +94,11 @@ def _read_whole(path, start, limit):
         return _read_safetensors(path)
     if not start:
         raise CheckpointError(f"{path} is damaged: it is empty. Fetch or write it again.")
+    if start == b"version h":
+        raise CheckpointError(
+            f"{path} is not the checkpoint, but what Git LFS keeps in its place: fetch it with "
+            "`git lfs pull`."
+        )
     if start.lstrip().startswith(b"<"):
         raise CheckpointError(
             f"{path} is a web page, not a checkpoint: open its address in a browser to see what "
@@ -107,13 +118,15 @@ def _read_whole(path, start, limit):
 def _file_in(path):
     """Return the checkpoint's file, where `path` is the folder that holds it."""
     if os.path.isdir(path):
-        for name in ("model.weights.h5", "model.safetensors", "model.safetensors.index.json"):
+        for name in _FILES:
             if os.path.isfile(os.path.join(path, name)):
                 return os.path.join(path, name)
         raise CheckpointError(
             f"{path} is a folder without model.weights.h5 or model.safetensors in it: give the "
             f"checkpoint's file. Read are {FORMATS_READ}."
         )
+    if "://" in path:
+        raise FileNotFoundError(f"{path} is an address: fetch the file, and give its path.")
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"There is no checkpoint file at {path}. Check the name: a relative one starts in "
@@ -156,8 +169,9 @@ def _check_size(what, size, limit):
 
 
 def _is_state_of_training(name):
-    """Tell whether an entry belongs to an optimizer, a metric or a random seed."""
-    return name.startswith(("optimizer/", "metrics/")) or "/seed/" in name or "seed_gen" in name
+    """Tell whether an entry belongs to an optimizer, a metric, a random seed or an adapter."""
+    of_keras = name.startswith(("optimizer/", "metrics/")) or "/seed/" in name
+    return of_keras or "seed_gen" in name or "/vars/lora_" in name
 
 
 def _read_h5(stream, limit):
@@ -251,9 +265,8 @@ def model_config(path):
                 told = json.loads(archive.read("config.json"))
                 told = told["config"] if told.get("registered_name") == "gcvit>GCViT" else {}
         else:
-            with open(path, "rb") as file:
-                in_header = file.read(9)[8:] == b"{"
-            told = json.loads(metadata(path).get("config", "{}")) if in_header else {}
+            said = metadata(path).get("config", "{}") if is_safetensors(path) else "{}"
+            told = json.loads(said)
     return told if isinstance(told, dict) else {}
 
 
@@ -308,11 +321,14 @@ def _state_dict(state):
     """Return the weights in what a training script saved: the first of its containers."""
     if not isinstance(state, dict):
         return state
-    return next((state[name] for name in _CONTAINERS if isinstance(state.get(name), dict)), state)
+    inner = (state[name] for name in _CONTAINERS if isinstance(state.get(name), dict))
+    inner = next(inner, None)
+    return state if inner is None else _state_dict(inner)
 
 
 def _torch_values(value):
     # NumPy has no bfloat16.
+    value = value.detach().to_dense() if value.is_sparse else value.detach()
     return (value.float() if value.is_floating_point() else value).numpy()
 
 
@@ -326,12 +342,25 @@ def _read_safetensors(path):
     if digest is not None and digest != _payload_digest(Path(path).read_bytes()):
         raise CheckpointError(f"{path} is damaged: its values are not those that were written.")
     file = safe_open(path, "numpy")
+
+    def values(name):
+        kind = file.get_slice(name).get_dtype()
+        if kind.startswith("F8"):
+            raise CheckpointError(
+                f"{name} in {path} is of a kind that is not supported, {kind}: write it in float16."
+            )
+        return file.get_tensor(name)
+
     return {
-        name: Tensor(
-            tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name)
-        )
+        name: Tensor(tuple(file.get_slice(name).get_shape()), functools.partial(values, name))
         for name in file.keys()  # noqa: SIM118, it is no dict
     }
+
+
+def is_safetensors(path):
+    """Tell whether a file begins as `.safetensors` does: eight bytes of length, then JSON."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def metadata(path):

@@ -24,6 +24,9 @@ from gcvit.fetch import fetch
 from gcvit.global_tokens import bicubic_matrix
 from gcvit.readers import CheckpointError
 
+FORMATS = (".safetensors", ".weights.h5", ".keras")
+"""What is written, by the ending of the file's name."""
+
 PACKAGED = Path(__file__).parent / "checkpoints"
 """Folder of the checkpoints that ship with the package."""
 
@@ -266,8 +269,13 @@ def _naming_of(names):
 _FIRST_KERNEL = re.compile(r"(.*\.)(patch_embed\.proj|stem\.conv1)\.weight")
 
 
+# And what wrappers of parts, as those that spare memory, put in the middle.
+_INNER_WRAPPER = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
 def _unwrapped(tensors, path):
-    """Return the tensors under their names without what a wrapper has put before them."""
+    """Return the tensors under their names without what wrappers have put into them."""
+    tensors = {_INNER_WRAPPER.sub("", name): tensor for name, tensor in tensors.items()}
     prefixes = {match[1] for match in map(_FIRST_KERNEL.fullmatch, tensors) if match}
     if not prefixes:
         return tensors
@@ -498,8 +506,8 @@ def replacing(path):
     """Yield a path to write to; what is written takes the place of `path` when it is whole.
 
     Args:
-        path: the file to write; what is written beside it under other names, as the parts of a
-            checkpoint, is put there first.
+        path: the file to write, or a folder that is not there yet; what is written beside it
+            under other names, as the parts of a checkpoint, is put there first.
 
     Raises:
         OSError: if it cannot be written; the message names it, and what was there is unchanged.
@@ -515,8 +523,9 @@ def replacing(path):
         folder = Path(tempfile.mkdtemp(".part", ".", path.parent))
         yield folder / path.name
         for written in sorted(folder.iterdir(), key=lambda each: each.name == path.name):
-            with open(written, "rb") as file:
-                os.fsync(file.fileno())
+            if written.is_file():
+                with open(written, "rb") as file:
+                    os.fsync(file.fileno())
             os.replace(written, path.parent / written.name)
     except OSError as error:
         raise OSError(

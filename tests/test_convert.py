@@ -115,6 +115,11 @@ def test_what_cannot_be_written_is_said(target, more, message, tmp_path, officia
     assert os.listdir(tmp_path) == []
 
 
+def test_what_is_read_is_not_written_over(official_file):
+    with pytest.raises(ValueError, match="is the file to read; name another one to write"):
+        convert(official_file, official_file, dtype="float16", progress=False)
+
+
 def test_what_is_no_gcvit_is_refused(tmp_path, timm_small):
     from conftest import write_safetensors
 

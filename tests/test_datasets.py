@@ -17,6 +17,7 @@ import tensorflow as tf
 from conftest import (
     picture,
     serving,
+    tiny_model,
 )
 from skimage import data
 
@@ -27,6 +28,7 @@ from gcvit.fine_tuning import (
     datasets,
     from_folder,
 )
+from gcvit.weights import save_safetensors
 
 CLASSES = ["dandelion", "daisy", "tulips", "sunflowers", "roses"]
 
@@ -307,6 +309,14 @@ def in_two_classes(folder):
     return r"dogs/cat\.png is the same photograph as .*cats/1\.png"
 
 
+def parts_of_a_set(folder):
+    for part in ("Train", "val"):
+        (folder / part).mkdir()
+    (folder / "cats").rename(folder / "Train" / "cats")
+    (folder / "dogs").rename(folder / "val" / "dogs")
+    return r"pets holds the parts of a data set \(Train, val\), not its classes"
+
+
 def one_class(folder):
     (folder / "dogs").rename(folder.parent / "elsewhere")
     return r"pets holds 1 class folders \(cats\)"
@@ -328,6 +338,7 @@ def no_folder(folder):
         empty_class,
         only_one_of_a_class,
         in_two_classes,
+        parts_of_a_set,
         one_class,
         no_folder,
     ],
@@ -354,6 +365,16 @@ def test_what_network_drives_leave_is_no_photograph(folder):
         for name in ("@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"):
             (place / name).mkdir()
             picture(200).save(place / name / "0.jpg")
+    photos = from_folder(folder)
+    assert photos.class_names == ["cats", "dogs"]
+    assert photos.train_size + photos.validation_size == 20
+
+
+def test_models_in_any_form_are_no_photographs(folder):
+    model = tiny_model()
+    model.save(folder / "m.keras")
+    model.save_weights(folder / "cats" / "m.weights.h5")
+    save_safetensors(model, folder / "m.safetensors")
     photos = from_folder(folder)
     assert photos.class_names == ["cats", "dogs"]
     assert photos.train_size + photos.validation_size == 20
@@ -414,6 +435,12 @@ def test_what_cannot_be_opened_is_refused_by_name(folder, monkeypatch, spoil):
     message = spoil(folder, monkeypatch)
     with pytest.raises(DatasetError, match=message):
         from_folder(folder)
+
+
+@pytest.mark.parametrize("share", [0, 1.0, 20])
+def test_a_share_is_between_0_and_1(folder, share):
+    with pytest.raises(ValueError, match=f"validation_split must be between 0 and 1; got {share}"):
+        from_folder(folder, validation_split=share)
 
 
 def test_class_weights_make_classes_count_the_same():

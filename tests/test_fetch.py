@@ -115,6 +115,15 @@ def test_a_mirror_of_hugging_face_is_used(server, monkeypatch):
     assert good(server) == CONTENT  # other addresses stay
 
 
+def test_no_network_is_used_where_it_is_forbidden(server, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FetchError, match="and HF_HUB_OFFLINE is set"):
+        fetch("https://huggingface.co/good/file.bin")
+    assert server.requests == []
+    good(server)
+
+
 def test_another_size_than_expected_is_refused(server):
     with pytest.raises(FetchError, match="offers 512,000 bytes; 600,000 were expected"):
         fetch(f"{server.url}/good/file.bin", size=600_000)

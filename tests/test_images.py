@@ -195,6 +195,15 @@ def test_bytes_in_floats_stay_as_they_are(tmp_path):
     np.testing.assert_array_equal(read_photograph(tmp_path / "gray.tif")[..., 0], gray)
 
 
+def test_32_bits_without_a_sign_stay_in_order(tmp_path):
+    import tifffile
+
+    levels = np.linspace(0, 2**32 - 1, 32 * 32).astype("uint32").reshape(32, 32)
+    tifffile.imwrite(tmp_path / "a.tif", levels)
+    read = read_photograph(tmp_path / "a.tif")[..., 0].ravel()
+    assert (np.diff(read.astype(int)) >= 0).all() and (read[0], read[-1]) == (0, 255)
+
+
 def test_pixels_that_are_no_numbers_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), np.nan, "float32")).save(tmp_path / "nan.tif")
     with pytest.raises(images.DatasetError, match=r"nan\.tif .* not finite"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from conftest import serving
+from conftest import serving, tiny_model
 from PIL import Image
 from skimage import data
 
@@ -465,6 +465,37 @@ def test_a_classifier_of_one_channel_predicts_from_shades_of_gray(tmp_path):
     by_hand = (gray - MEAN.mean()) / STD.mean()
     expected = np.asarray(model(by_hand[None].astype("float32")))[0]
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+
+
+def test_a_classifier_of_logits_gives_probabilities(tmp_path):
+    model = tiny_model(head_activation=None)
+    path = tmp_path / "m.safetensors"
+    fine_tuning.save_classifier(path, model, np.array(["a", "b"]), np.int64(32))
+    Image.fromarray(data.astronaut()).save(tmp_path / "a.png")
+    classifier = fine_tuning.load_classifier(path)
+    ((_, given),) = classifier.predict(tmp_path / "a.png")
+    image = classifier.image(tmp_path / "a.png")[None].astype("float32")
+    expected = keras.ops.convert_to_numpy(keras.ops.softmax(model(image)))[0]
+    np.testing.assert_allclose(given, expected, atol=1e-5)
+
+
+def test_a_classifier_has_a_name_for_each_class(tmp_path):
+    for model, classes in ((tiny_model(), "2"), (tiny_model(include_top=False), "no")):
+        with pytest.raises(ValueError, match=f"tells {classes} classes apart, and 1 names"):
+            fine_tuning.save_classifier(tmp_path / "m.safetensors", model, ["a"], 32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_classifier_is_said_in_the_words_of_its_kind(tmp_path):
+    model, path = tiny_model(), tmp_path / "m.safetensors"
+    model.save(tmp_path / "m.keras")
+    fine_tuning.save_classifier(path, model, ["a", "b"], 32)
+    (tmp_path / "cut").write_bytes(path.read_bytes()[:9000])
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    said = {"m.keras": "holds weights alone", "cut": "damaged", "a.png": "kind that is not supp"}
+    for name, message in said.items():
+        with pytest.raises(CheckpointError, match=message):
+            fine_tuning.load_classifier(tmp_path / name)
 
 
 def test_a_classifier_of_four_channels_takes_no_photographs(tmp_path, capsys):

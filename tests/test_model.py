@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import io
 import os
 import re
@@ -371,7 +372,10 @@ def test_to_build_what_is_built_changes_the_size_alone():
 @slow_on_jax
 def test_it_is_a_base_as_keras_applications_are():
     base = tiny_model()
+    base.summary(print_fn=lambda text, **options: None)
     images = RNG.normal(size=(2, 32, 32, 3)).astype("float32")
+    maps = keras.Model(base.inputs, base.get_layer("norm").output)
+    assert len(run(maps, images).shape) == 4
     twin = keras.Model(base.inputs, base.outputs)
     np.testing.assert_allclose(run(twin, images), run(base, images), atol=1e-6)
     new = keras.Model(base.input, keras.layers.Dense(2)(base.output))
@@ -408,8 +412,13 @@ def test_eight_bits_stay_near():
     model = GCViT.from_preset("gcvit_nano")
     images = RNG.normal(size=(4, 128, 128, 3)).astype("float32")
     exact = run(model, images)
-    with pytest.raises(ValueError, match="got 'float8'"):
-        model.quantize("float8")
+    for wrong, message in (
+        ({"mode": "float8"}, "got 'float8'"),
+        ({"config": keras.quantizers.Int4QuantizationConfig()}, "got 'int4'"),
+        ({"mode": "int8", "filters": "mpl"}, "No dense layer passes the filters 'mpl'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.quantize(**wrong)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model.quantize("int8")
@@ -419,10 +428,29 @@ def test_eight_bits_stay_near():
 
 
 @once
-def test_the_old_form_of_keras_is_refused_before_it_is_written(tmp_path):
-    with pytest.raises(ValueError, match="is saved as .keras"):
-        tiny_model().save(tmp_path / "m.h5")
+def test_another_ending_is_refused_before_anything_is_written(tmp_path):
+    for name in ("m.h5", "m"):
+        with pytest.raises(ValueError, match=f"is saved as .keras.* got .*/{name}\\."):
+            tiny_model().save(tmp_path / name)
+        with pytest.raises(ValueError, match=f"saved as .weights.h5.* got .*/{name}\\."):
+            tiny_model().save_weights(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name, form", [("m.tflite", "litert"), ("m", "tf_saved_model")])
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="written on TensorFlow")
+def test_an_export_that_breaks_off_leaves_what_was_there(name, form, model, tmp_path, monkeypatch):
+    def breaks_off(self, path, **options):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(keras.Model, "export", breaks_off)
+    (tmp_path / name).write_bytes(b"whole")
+    with pytest.raises(OSError, match=f"{name} cannot be written .No space left on device"):
+        model.export(tmp_path / name, format=form)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
+    with pytest.raises(ValueError, match=r"LiteRT is a \.tflite file; got m\.keras"):
+        model.export("m.keras", format="litert")
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="written on TensorFlow")
@@ -478,6 +506,17 @@ def test_importing_the_package_is_quick_and_enough_to_read_any_model(tmp_path):
     # The optimizer's class is in a module of its own, which is imported when it is asked for.
     name, count = optimizer.split()
     assert (name, int(count)) == ("LayerwiseAdamW", len(model.optimizer.variables))
+
+
+@once
+@pytest.mark.parametrize("largest, said", [(255, "go up to 25"), (1, "are 0 to 1")])
+def test_arrays_that_are_not_normalized_are_said(largest, said):
+    model = tiny_model()
+    images = largest * RNG.uniform(size=(2, 32, 32, 3)).astype("float32")
+    model.compile("sgd", "mse", run_eagerly=True)
+    for use in (model, model.predict, lambda x: model.evaluate(x, np.zeros((2, 3)), verbose=0)):
+        with pytest.warns(UserWarning, match=f"not normalized: their numbers {said}"):
+            use(images)
 
 
 @once

@@ -65,6 +65,11 @@ def test_a_model_without_weights_is_refused(recipe):
         recipe(GCViT((4, 2), 8, (1, 1), (1, 2), num_classes=7), photos, 32)
 
 
+def test_a_model_of_logits_is_refused(two_classes):
+    with pytest.raises(ValueError, match="this one gives logits: build it with head_activation"):
+        fine_tuning.original(tiny_model(head_activation=None), two_classes[0], 32)
+
+
 @pytest.mark.parametrize(
     ("recipe", "build", "dtype"),
     [("original", plain_model, "float32"), ("finetune", tiny_model, "mixed_float16")],

@@ -22,11 +22,14 @@ def adapted(model):
 
 def frozen(model):
     model.levels[0].blocks[0].trainable = False
-    trained(model)
 
 
 def trained(model):
     model.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=True)
+    train_a_step(model)
+
+
+def train_a_step(model):
     images = images_for(model)
     model.train_on_batch(images, np.zeros(model.compute_output_shape(images.shape)))
 
@@ -36,24 +39,28 @@ def quantized(model):
 
 
 CASES = {
-    "as it is": ({}, None),
-    "one channel": ({"in_channels": 1}, None),
-    "four channels": ({"in_channels": 4}, None),
-    "bfloat16": ({"dtype": "bfloat16"}, None),
-    "mixed_float16": ({"dtype": "mixed_float16"}, None),
-    "no top": ({"include_top": False}, None),
-    "no pooling": ({"include_top": False, "pooling": None}, None),
-    "layer scale": ({"layer_scale": 0.5, "qk_scale": 0.1, "qkv_bias": False}, None),
-    "logits": ({"head_activation": None, "drop_rate": 0.2}, None),
-    "windows": ({"window_size": ((3, 5),)}, None),
+    "as it is": ({},),
+    "one channel": ({"in_channels": 1},),
+    "four channels": ({"in_channels": 4},),
+    "bfloat16": ({"dtype": "bfloat16"},),
+    "mixed_float16": ({"dtype": "mixed_float16"},),
+    "no top": ({"include_top": False},),
+    "no pooling": ({"include_top": False, "pooling": None},),
+    "layer scale": ({"layer_scale": 0.5, "qk_scale": 0.1, "qkv_bias": False},),
+    "logits": ({"head_activation": None, "drop_rate": 0.2},),
+    "windows": ({"window_size": ((3, 5),)},),
     "LoRA": ({}, adapted),
-    "frozen": ({}, frozen),
+    "LoRA trained": ({}, adapted, trained),
+    "frozen": ({}, frozen, trained),
     "trained": ({}, trained),
-    "quantized": ({}, quantized),
+    "int8": ({}, quantized),
+    "int8, LoRA": ({}, quantized, adapted, trained),
+    "LoRA, int8": ({}, adapted, quantized, trained),
 }
 """What a user can set, and do to a model after it is built."""
 
-REFUSED = {("quantized", form) for form in ("h5", "shards", "safetensors", "classifier")}
+EIGHT_BITS = ("int8", "int8, LoRA", "LoRA, int8")
+REFUSED = {(c, form) for c in EIGHT_BITS for form in ("h5", "shards", "safetensors", "classifier")}
 
 
 def images_for(model):
@@ -65,9 +72,13 @@ def output_of(model):
     return keras.ops.convert_to_numpy(model(images_for(model))).astype("float32")
 
 
-def optimizer_of(model):
-    state = model.optimizer.variables if model.compiled else []
-    return [keras.ops.convert_to_numpy(variable) for variable in state]
+def training_of(model):
+    """Return the state of a model's optimizer, and the output after one more step."""
+    if not model.compiled:
+        return []
+    state = [keras.ops.convert_to_numpy(variable) for variable in model.optimizer.variables]
+    train_a_step(model)
+    return [*state, output_of(model)]
 
 
 def built(config, seed=0):
@@ -133,8 +144,8 @@ def read_all(folder):
         model = built(cases["configs"][case], seed=1)  # other weights than those written
         for form, name in files.items():
             read = FORMS[form][2](folder / name, model)
-            state = optimizer_of(read) if form == "keras" else []
-            np.savez(folder / f"{name}.npz", output_of(read), *state)
+            output, more = output_of(read), training_of(read) if form == "keras" else []
+            np.savez(folder / f"{name}.npz", output, *more)
 
 
 def in_a_fresh_process(folder):
@@ -148,14 +159,14 @@ def in_a_fresh_process(folder):
 
 def test_every_form_of_every_model_is_read_back_or_refused_when_written(tmp_path):
     files, configs, expected, refused = {}, {}, {}, {}
-    for case, (options, change) in CASES.items():
+    for case, (options, *changes) in CASES.items():
         options = {"window_size": (4,), "path_drop": 0.0, **options}
         config = {"embed_dim": 8, "depths": (2,), "num_heads": (2,), "num_classes": 3}
         model = built({**config, **options})
         configs[case], files[case] = model.get_config(), {}
-        if change is not None:
+        for change in changes:
             change(model)
-        expected[case] = [output_of(model), *optimizer_of(model)]
+        output = output_of(model)
         for form, (ending, write, _) in FORMS.items():
             if not applies(case, form):
                 continue
@@ -166,6 +177,7 @@ def test_every_form_of_every_model_is_read_back_or_refused_when_written(tmp_path
             except ValueError as error:
                 refused[case, form] = str(error)
                 assert not any(path.name.startswith(name) for path in tmp_path.iterdir())
+        expected[case] = [output, *training_of(model)]
     (tmp_path / "cases.json").write_text(json.dumps({"files": files, "configs": configs}))
     in_a_fresh_process(tmp_path)
     for case, named in files.items():
@@ -180,7 +192,7 @@ def test_every_form_of_every_model_is_read_back_or_refused_when_written(tmp_path
     assert all("quantized" in text for text in refused.values())
 
 
-LEAVING = ("one channel", "bfloat16", "LoRA", "quantized")
+LEAVING = ("one channel", "bfloat16", "LoRA", "int8")
 RUNNERS = {
     "tensorflow": """
 import tensorflow as tf
@@ -216,10 +228,10 @@ def test_what_leaves_keras_gives_the_same_or_is_refused_before_it_is_written(tmp
         pytest.importorskip("onnxscript")
     expected = {}
     for case in LEAVING:
-        options, change = CASES[case]
+        options, *changes = CASES[case]
         config = {"embed_dim": 8, "depths": (1,), "num_heads": (2,), "num_classes": 3}
         model = built({**config, "window_size": (4,), "path_drop": 0.0, **options})
-        if change is not None:
+        for change in changes:
             change(model)
         path = tmp_path / case.replace(" ", "-")
         form = {"tensorflow": "tf_saved_model", "torch": "onnx"}[backend]
@@ -227,7 +239,7 @@ def test_what_leaves_keras_gives_the_same_or_is_refused_before_it_is_written(tmp
             model.export(path, format=form, verbose=False)
         except ValueError as error:
             assert "cannot write some part of this model as ONNX" in str(error)
-            assert not path.exists() and case in ("bfloat16", "quantized")
+            assert not path.exists() and case in ("bfloat16", "int8")
             continue
         np.save(f"{path}.images.npy", images_for(model))
         expected[f"{path}.output.npy"] = output_of(model)

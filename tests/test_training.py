@@ -355,6 +355,16 @@ def test_images_and_labels_that_do_not_fit_are_refused_before_training(two_class
         fine_tuning.fit(plain_model(), dataclasses.replace(run, validation=wide), verbose=0)
 
 
+def test_what_a_recipe_has_decided_is_refused_before_training(two_classes):
+    model = plain_model()
+    run = fine_tuning.original(model, two_classes[0], 32, 1, 8)
+    with pytest.raises(TypeError, match="does not take epochs, validation_freq: the recipe has"):
+        fine_tuning.fit(model, run, verbose=0, validation_freq=2, epochs=3)
+    with pytest.raises(ValueError, match="Epoch 1 was not validated"):
+        run.state.on_epoch_end(0, {"loss": 1.0})
+    assert run.state.logs == []
+
+
 def test_images_with_nan_are_refused_before_training(two_classes):
     run = fine_tuning.original(plain_model(), two_classes[0], 32, 1, 8)
     spoiled = run.validation.map(lambda images, labels: (images * np.nan, labels))

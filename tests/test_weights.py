@@ -216,6 +216,11 @@ def test_no_such_file(fresh_model):
         load_checkpoint(fresh_model, "nowhere.keras")
 
 
+def test_an_address_is_no_file():
+    with pytest.raises(FileNotFoundError, match="m.safetensors is an address: fetch the file"):
+        GCViT.from_preset("gcvit_nano", "https://example.org/m.safetensors")
+
+
 def test_a_path_is_taken_for_weights(nano):
     model = GCViT.from_preset(
         "gcvit_nano", weights=str(PACKAGED / "gcvit_nano-tiny_imagenet.safetensors")
@@ -363,6 +368,37 @@ def test_the_count_beside_averaged_weights_is_no_weight(tmp_path, tiny_state, ot
     assert has_state(other, tiny_state)
 
 
+def in_layers(state, name):
+    return {n.replace("levels.", f"levels.{name}.", 1): v for n, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda torch, state: {n: torch.nn.Parameter(v) for n, v in state.items()},
+        lambda torch, state: {n: v.to_sparse() if v.ndim > 1 else v for n, v in state.items()},
+        lambda torch, state: {"model": {"module": state}, "epoch": 3},
+        lambda torch, state: in_layers(in_layers(state, "_orig_mod"), "_fsdp_wrapped_module"),
+    ],
+    ids=["parameters", "sparse", "nested", "wrapped inside"],
+)
+def test_what_else_training_scripts_leave_is_read(form, tmp_path, tiny_state, other):
+    torch = pytest.importorskip("torch")
+    state = {name: torch.from_numpy(value) for name, value in tiny_state.items()}
+    torch.save(form(torch, state), tmp_path / "pytorch_model.bin")
+    load_checkpoint(other, tmp_path)  # a folder stands for the file in it
+    assert has_state(other, tiny_state)
+
+
+def test_numbers_of_eight_bits_are_refused_by_name(tmp_path, tiny_state, other):
+    from safetensors.numpy import save_file
+
+    state = {n: np.float32(v).astype(ml_dtypes.float8_e4m3fn) for n, v in tiny_state.items()}
+    save_file(state, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="of a kind that is not supported, F8_E4M3: write"):
+        load_checkpoint(other, tmp_path / "m.safetensors")
+
+
 def test_what_pytorch_will_not_unpack_is_said_in_words_of_our_own(tmp_path, tiny_state, other):
     torch = pytest.importorskip("torch")
     state = {name: torch.from_numpy(value) for name, value in tiny_state.items()}
@@ -384,6 +420,7 @@ def test_what_pytorch_will_not_unpack_is_said_in_words_of_our_own(tmp_path, tiny
         (b"ONNX and others", "of a kind that is not supported: it starts with 'ONNX and '"),
         (b"\x80\x02}q\x00.", "is a pickle, a kind that is not supported"),
         (b"<html>Log in</html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "what Git LFS keeps in its place: fetch"),
         (b'{"epoch": 3}', "not supported: JSON without the weight_map"),
         (None, "There is no checkpoint file at .* a relative one starts in"),
     ],
@@ -434,6 +471,25 @@ def test_the_state_of_another_optimizer_is_refused_before_anything_is_assigned(t
     with pytest.raises(CheckpointError, match="the state of another optimizer"):
         other.load_weights(tmp_path / "m.weights.h5")
     assert same_weights(other, before)
+
+
+def test_an_optimizer_that_has_not_trained_takes_the_state_or_it_is_said(tmp_path, tiny):
+    model = tiny_model()
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    for variable in model.optimizer.variables:
+        variable.assign(np.full(variable.shape, 3))
+    model.save_weights(tmp_path / "m.weights.h5")
+    twin = tiny_model()
+    twin.compile("adam", "mse")
+    twin.load_weights(tmp_path / "m.weights.h5")
+    assert all((to_numpy(variable) == 3).all() for variable in twin.optimizer.variables)
+    assert same_weights(twin, weights_of(model))
+    twin.levels[0].trainable = False
+    twin.compile("adam", "mse")
+    with pytest.warns(UserWarning, match="state of another optimizer.* the training starts anew"):
+        twin.load_weights(tmp_path / "m.weights.h5")
+    assert not twin.optimizer.built
 
 
 @pytest.mark.parametrize("value, message", [(np.nan, "not finite"), (1e5, "above 65504")])

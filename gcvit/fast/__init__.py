@@ -1,8 +1,9 @@
 """Appendix C: Keras's layers with a faster way to the same numbers, backend by backend.
 
-Each class is Keras's of the same name, with its weights and its checkpoint paths. Only `call`
-differs: it asks the backend's module of kernels (`gcvit.fast.tensorflow`, `.jax` or `.torch`),
-and where that has none for the case, Keras's own layer computes.
+Each class is Keras's of the same name, with its weights and its checkpoint paths. Two things
+differ. Files keep a LoRA adapter. And `call` asks the backend's module of kernels
+(`gcvit.fast.tensorflow`, `.jax` or `.torch`); where that has none for the case, Keras's own layer
+computes.
 
 On JAX on the CPU these gradients can be taken backwards only, as training does: `jax.grad` and
 `jax.vjp` work, `jax.jvp` and `jax.jacfwd` do not.
@@ -112,6 +113,39 @@ def several_large(x, pixels):
 # The layers.
 
 
+class _Adapted:
+    """What a layer with a kernel is whose files keep its LoRA adapter.
+
+    Keras writes the sum of kernel and adapter, which anyone can read. Beside it stands what it is
+    the sum of, so that a training goes on, and eight bits are not rounded anew.
+    """
+
+    def _parts(self):
+        """Return the variables that make up an adapted kernel, by their names in a file."""
+        if not self.lora_enabled:
+            return {}
+        names = {"lora_base": "_kernel", "lora_a": "lora_kernel_a", "lora_b": "lora_kernel_b"}
+        if self.quantization_mode is not None:
+            names["lora_scale"] = "kernel_scale"
+        return {name: getattr(self, attribute) for name, attribute in names.items()}
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        for name, variable in self._parts().items():
+            store[name] = variable
+
+    def load_own_variables(self, store):
+        parts = self._parts()
+        start = ops.copy(self.lora_kernel_a) if parts else None
+        names = set(store.keys())
+        super().load_own_variables({name: store[name] for name in names if "lora_" not in name})
+        if parts:
+            self.lora_kernel_a.assign(start)  # of zeros, as Keras leaves it, it would not learn
+        if all(name in names and store[name].shape == v.shape for name, v in parts.items()):
+            for name, variable in parts.items():
+                variable.assign(store[name])
+
+
 class _Padded:
     """What a window's layer is with a border of its own, as in PyTorch, of `pad` pixels.
 
@@ -150,7 +184,7 @@ class DepthwiseConv2D(_Padded, layers.DepthwiseConv2D):
 
 
 @keras.saving.register_keras_serializable(package="gcvit")
-class Conv2D(_Padded, layers.Conv2D):
+class Conv2D(_Adapted, _Padded, layers.Conv2D):
     """Keras's layer, without activation, groups and dilation.
 
     Args:
@@ -180,7 +214,7 @@ class MaxPooling2D(_Padded, layers.MaxPooling2D):
 
 
 @keras.saving.register_keras_serializable(package="gcvit")
-class Dense(layers.Dense):
+class Dense(_Adapted, layers.Dense):
     """Keras's layer."""
 
     def call(self, x, training=None):

@@ -7,6 +7,7 @@ import math
 import os
 from pathlib import Path
 
+import keras
 import numpy as np
 from PIL import Image
 
@@ -16,7 +17,13 @@ from gcvit.fine_tuning.training import jit_compile
 from gcvit.images import MEAN, STD, DatasetError, read_photograph, resize
 from gcvit.model import ARGUMENTS, GCViT
 from gcvit.presets import PRESETS
-from gcvit.readers import CheckpointError, parsed_json, training_notes
+from gcvit.readers import (
+    CheckpointError,
+    is_safetensors,
+    parsed_json,
+    read,
+    training_notes,
+)
 from gcvit.weights import load_checkpoint, save_safetensors
 
 
@@ -40,13 +47,23 @@ def save_classifier(path, model, class_names, image_size, crop=1.0, **notes):
         **notes: what else is to be known of it, of JSON's types. `mean` and `std`, a number
             for each channel, stand for how its images were normalized; default: as
             `gcvit.images.normalize` does, and by the means of the three for one channel.
+
+    Raises:
+        ValueError: for a model without its top, and unless each class has a name; see also
+            `gcvit.weights.save_safetensors`.
     """
+    if not model.include_top or len(class_names) != model.num_classes:
+        classes = model.num_classes if model.include_top else "no"
+        raise ValueError(
+            f"A classifier wants a name for each class: its model tells {classes} classes apart, "
+            f"and {len(class_names)} names were given."
+        )
     mean, std = MEAN, STD
     if model.in_channels == 1:
         mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
     notes = {
         "config": _architecture(model),
-        "classes": list(class_names),
+        "classes": [str(name) for name in class_names],
         "image_size": image_size,
         "crop": crop,
         "mean": mean.tolist(),
@@ -60,6 +77,8 @@ def json_text(value):
     """Return a value as JSON that every parser reads: a number that is not finite is null."""
 
     def strict(value):
+        if hasattr(value, "tolist"):  # NumPy's
+            value = value.tolist()
         if isinstance(value, dict):
             return {name: strict(each) for name, each in value.items()}
         if isinstance(value, (list, tuple)):
@@ -74,7 +93,7 @@ class Classifier:
     """A trained model with what its use takes.
 
     Attributes:
-        model: a `GCViT` that gives probabilities.
+        model: a `GCViT`; where it gives logits, `predict` turns them into probabilities.
         class_names: name of each class.
         image_size: side in pixels of the images that it takes, or (height, width).
         crop: share of a photograph that it looks at, see `gcvit.images.center_box`.
@@ -122,13 +141,21 @@ class Classifier:
             pixels = np.array(Image.fromarray(pixels).convert("L"))[..., None]
         return (pixels - self.mean) / self.std
 
+    def _probabilities(self, images):
+        answers = self.model.predict_on_batch(images)
+        if keras.activations.get(self.model.head_activation) is not keras.activations.linear:
+            return answers
+        shares = np.exp(answers - answers.max(axis=-1, keepdims=True))
+        return shares / shares.sum(axis=-1, keepdims=True)
+
     def predict(self, paths, batch_size=32):
         """Yield (path, probabilities of the classes, or the `DatasetError`) for each path.
 
         Args:
-            paths: files of photographs, of which one batch is in memory at a time.
+            paths: files of photographs, or one, of which one batch is in memory at a time.
             batch_size: photographs that are predicted together; default 32.
         """
+        paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
 
         def attempt(path):
             try:
@@ -145,7 +172,7 @@ class Classifier:
                     # Filled up, so that all batches have the shape that was compiled.
                     missing = min(batch_size, len(paths)) - len(images)
                     batch = np.stack(images + [images[0]] * missing)
-                    rows = iter(self.model.predict_on_batch(batch.astype("float32")))
+                    rows = iter(self._probabilities(batch.astype("float32")))
                 for path, image in zip(some, read, strict=True):
                     yield path, next(rows) if isinstance(image, np.ndarray) else image
 
@@ -168,6 +195,12 @@ def load_classifier(path, image_size=None):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
+    read(path)  # says what is wrong with one that is damaged, or no checkpoint at all
+    if not is_safetensors(path):
+        raise CheckpointError(
+            f"{path} holds weights alone, and not what a classifier needs: its model, classes and "
+            "image size. `python -m gcvit train` writes a .safetensors file that does."
+        )
     try:
         notes = {name: parsed_json(text) for name, text in training_notes(path).items()}
         preset = PRESETS.get(notes.get("preset"), {})

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import tensorflow as tf
 from gcvit.checks import pair
 from gcvit.fetch import FetchError, fetch
 from gcvit.images import DatasetError, read_photograph
-from gcvit.readers import CheckpointError, training_notes
+from gcvit.readers import CheckpointError
+from gcvit.weights import FORMATS, read_tensors
 
 FLOWERS_URL = "http://download.tensorflow.org/example_images/flower_photos.tgz"
 """Where tensorflow-datasets gets `tf_flowers` from."""
@@ -265,17 +267,16 @@ def is_junk(path):
 
 
 def _is_output(path, is_folder):
-    """Tell whether `gcvit train` has written this: a model, or a backup."""
+    """Tell whether this package has written this: a model, or the backup of a training."""
     if is_folder:
         return path.suffix == ".backup" and {each.name for each in _entries(path)} <= {"run.npz"}
-    with open(path, "rb") as file:
-        # A .safetensors file begins with eight bytes for the length of a header in JSON.
-        if file.read(9)[8:] != b"{":
-            return False
+    if not path.name.endswith(FORMATS):
+        return False
     try:
-        return {"config", "classes"} <= set(training_notes(path))
+        _, tensors = read_tensors(path)
     except CheckpointError:
         return False
+    return any(re.match(r"(layers/)?patch_embed[./]|stem\.conv1\.", name) for name in tensors)
 
 
 SHORT_SIDE = 320
@@ -346,6 +347,14 @@ def _identity(folder):
     return status.st_dev, status.st_ino
 
 
+PARTS = {"train", "training", "val", "valid", "validation", "test"}
+"""What people call the parts of a data set, each of which has a folder for each class."""
+
+
+def _folders_in(folder):
+    return [path for path, is_folder in _entries(folder).items() if is_folder]
+
+
 def _files_by_class(folder):
     """Return {class name: its files}, or raise a `DatasetError` on what is out of place."""
     if not folder.is_dir():
@@ -361,6 +370,11 @@ def _files_by_class(folder):
             f"{folder} holds {len(entries)} class folders"
             + "".join(f" ({path.name})" for path in entries)
             + "; to tell classes apart takes at least two."
+        )
+    if {path.name.lower() for path in entries} <= PARTS and any(map(_folders_in, entries)):
+        raise DatasetError(
+            f"{folder} holds the parts of a data set ({', '.join(path.name for path in entries)}), "
+            "not its classes: give one part. What is validated on is drawn from it."
         )
     files = {}
     for entry in entries:
@@ -438,7 +452,10 @@ def from_folder(folder, validation_split=0.1, seed=0, short_side=SHORT_SIDE):
         DatasetError: if a file cannot be read, is in no class or in two, or if there are
             fewer than two classes, or fewer than two photographs in one. The message names
             them.
+        ValueError: for a share that is not between 0 and 1.
     """
+    if not 0 < validation_split < 1:
+        raise ValueError(f"validation_split must be between 0 and 1; got {validation_split!r}.")
     files = _files_by_class(Path(folder))
     digests = _digests(files)
 

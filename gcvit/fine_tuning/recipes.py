@@ -132,6 +132,12 @@ def _run(model, photos, batches, validation, settings, backup, **keeping):
     A run that goes on from a backup must have the same `settings`; `keeping` is for its
     `TrainingState`.
     """
+    activation = keras.activations.get(getattr(model, "head_activation", "softmax"))
+    if activation is keras.activations.linear:
+        raise ValueError(
+            "The recipes train a model that gives probabilities, and this one gives logits: build "
+            'it with head_activation="softmax".'
+        )
     # None of them is decoded for this, and the losses would take other labels without a word.
     labels_within(list(photos.train_labels.as_numpy_iterator()), len(photos.class_names))
     batch_size = settings["batch_size"]

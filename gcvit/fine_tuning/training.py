@@ -150,6 +150,11 @@ class TrainingState(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         logs = {name: float(value) for name, value in (logs or {}).items()}
+        if "val_loss" not in logs:
+            raise ValueError(
+                f"Epoch {epoch + 1} was not validated, and the epoch with the lowest val_loss is "
+                "kept: pass validation_data, and leave validation_freq out."
+            )
         broken = [name for name in ("loss", "val_loss") if not np.isfinite(logs[name])]
         if broken:
             self.diverged = f"in epoch {epoch + 1} the {broken[0]} is {logs[broken[0]]}"
@@ -238,6 +243,11 @@ class Run:
     state: TrainingState
 
 
+DECIDED = {"x", "y", "batch_size", "epochs", "initial_epoch", "steps_per_epoch", "shuffle"}
+DECIDED |= {"validation_data", "validation_split", "validation_freq", "validation_batch_size"}
+"""The arguments of `keras.Model.fit` that a recipe has decided."""
+
+
 def fit(model, run, verbose="auto", callbacks=(), on_best=None, **kwargs):
     """Train a model, from where the run was cut off if it was.
 
@@ -253,7 +263,8 @@ def fit(model, run, verbose="auto", callbacks=(), on_best=None, **kwargs):
         callbacks: more of them. What they add to the logs of an epoch is kept with the rest.
         on_best: function without arguments that is called after each epoch that is the best
             so far, with its weights in the model; default `None`.
-        **kwargs: what else `keras.Model.fit` takes, such as `class_weight`.
+        **kwargs: what else `keras.Model.fit` takes, such as `class_weight`, but for what the
+            recipe has decided.
 
     Returns:
         Loss and metrics after each epoch, those before a cut too: {name: list}.
@@ -261,9 +272,16 @@ def fit(model, run, verbose="auto", callbacks=(), on_best=None, **kwargs):
     Raises:
         ValueError: before anything is trained, if the images are not normalized or the labels
             are of other classes than the model's.
+        TypeError: for an argument of `keras.Model.fit` that the recipe has decided.
         BackupError: if the backup is damaged or another run's.
         DivergenceError: if the loss of an epoch is not a finite number.
     """
+    decided = sorted(DECIDED & set(kwargs))
+    if decided:
+        raise TypeError(
+            f"fit does not take {', '.join(decided)}: the recipe has decided that. Give the recipe "
+            "the epochs and the batch size; each epoch is validated, for the best one is kept."
+        )
     images, labels, *_ = next(run.validation.take(1).as_numpy_iterator())
     check_batch(model, images, labels)
     state = run.state

@@ -7,8 +7,8 @@ to gcvit/results/switches.json: the accuracy and the mean probability of the rig
 model as it was trained and with each switch of the page that runs it, in the stem, each level, and
 all of the model: the global query constant, zero or that of the image before; gates open, shut, or
 computed by each place alone; large windows split; no position bias; both faults of the original
-notebook; and, with --heads, each head off. Keras computes all of it, with the laboratory's functions in place of
-the model's own. What lies before a switch is computed once.
+notebook; and, with --heads, each head off. Keras computes all of it, with the laboratory's
+functions in place of the model's own. What lies before a switch is computed once.
 """
 
 import argparse
