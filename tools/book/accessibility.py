@@ -4,7 +4,8 @@
 
 Each page is opened wide and narrow, in light and in dark; one that runs the model is looked at
 before it does and while it does. Findings that axe calls serious or critical end in exit code 1,
-and so does what makes a page wider than its window. axe-core comes from the npm registry; its version is below.
+and so does what makes a page wider than its window. axe-core comes from the npm registry; its
+version is below.
 """
 
 import argparse
@@ -22,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 AXE = "axe-core@4.14.1"
 WIDTHS = {"wide": 1400, "narrow": 390}
 SCHEMES = ("light", "dark")
+TIMEOUT = 180_000
+"""Milliseconds that a page may take on a machine that is busy with other things."""
 GRAVE = ("serious", "critical")
 ANSWERED = """
 () => [...document.querySelectorAll(".gcvit-page .said")].every(
@@ -78,6 +81,7 @@ def findings(browser, script, page, width, scheme):
     """Return the findings on a page at a width, in light or in dark."""
     viewport = {"width": width, "height": 900}
     with contextlib.closing(browser.new_page(viewport=viewport, color_scheme=scheme)) as opened:
+        opened.set_default_timeout(TIMEOUT)
         opened.goto(page.resolve().as_uri())
         opened.evaluate(f"{script}; 0")
         seen = opened.evaluate(RUN, scheme) + opened.evaluate(WIDER)
@@ -109,8 +113,8 @@ def main():
                     for one in findings(browser, script, page, width, scheme):
                         key = one["impact"], one["id"], one["help"]
                         for place, why, html in one["places"]:
-                            where = seen.setdefault(key, {}).setdefault(place, (why, html, []))
-                            where[2].append(f"{width_name} {scheme}")
+                            where = seen.setdefault(key, {}).setdefault(place, (why, html, {}))
+                            where[2][f"{width_name} {scheme}"] = None
             for (impact, name, says), places in sorted(seen.items()):
                 grave += (impact in GRAVE) * len(places)
                 rest += (impact not in GRAVE) * len(places)
