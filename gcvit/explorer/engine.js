@@ -3,7 +3,7 @@
  *
  * The functions stand in the order of the book's chapters and bear the names of the Python ones,
  * in camel case. A tensor is { shape, data }: its axes and a Float32Array, the last axis
- * contiguous. There is one image, so there is no batch axis.
+ * contiguous; tensors.js adds and multiplies them. There is one image, so no batch axis.
  *
  * A layer in Python holds its weights; a function here is given `net`, the `Model` of model.js,
  * and the layer's name in the checkpoint. `net.weight` finds a weight, `net.switch` says how a
@@ -11,76 +11,13 @@
  * a part of the model only where something that it depends on has changed.
  */
 
+import { maskParts, switchQuery } from "./laboratory.js";
+import { add, matmul, matrix, multiply, range, softmax, tensor, transpose } from "./tensors.js";
+
 export { createModel } from "./model.js";
 export { readSafetensors } from "./readers.js";
 
 const EPSILON = 1e-5; // PyTorch's, in every layer normalization
-
-export const size = (shape) => shape.reduce((product, side) => product * side, 1);
-export const tensor = (shape, data = new Float32Array(size(shape))) => ({ shape, data });
-export const range = (count) => Array.from({ length: count }, (_, i) => i);
-export const pair = (value) => (Array.isArray(value) ? value : [value, value]);
-
-/** Return the n-th of the matrices that a tensor's last two axes make. */
-function matrix({ shape, data }, n) {
-  const length = shape.at(-2) * shape.at(-1);
-  return data.subarray(n * length, (n + 1) * length);
-}
-
-/** Swap rows and columns of each (rows, columns) matrix of some numbers. */
-function transpose(data, rows, columns) {
-  const swapped = new Float32Array(data.length);
-  for (let start = 0; start < data.length; start += rows * columns) {
-    for (let i = 0; i < rows; i++) for (let j = 0; j < columns; j++) {
-      swapped[start + j * rows + i] = data[start + i * columns + j];
-    }
-  }
-  return swapped;
-}
-
-/**
- * Multiply each row of `a` with each row of `b`, which have `length` numbers, and add a bias.
- *
- * out[i · stride + j] = a[i] · b[j] + bias[j]. Two rows of `a` meet four of `b` at a time, so
- * that each number read is used several times. Where they do not come out even, the last row is
- * computed again.
- */
-function matmul(a, b, length, out, stride = b.length / length, bias = new Float32Array(stride)) {
-  const last = a.length / length - 1, end = b.length / length - 1;
-  for (let i = 0; i <= last; i += 2) {
-    const i1 = Math.min(i + 1, last), a0 = i * length, a1 = i1 * length;
-    for (let j = 0; j <= end; j += 4) {
-      const j1 = Math.min(j + 1, end), j2 = Math.min(j + 2, end), j3 = Math.min(j + 3, end);
-      const b0 = j * length, b1 = j1 * length, b2 = j2 * length, b3 = j3 * length;
-      let p0 = bias[j], p1 = bias[j1], p2 = bias[j2], p3 = bias[j3];
-      let q0 = p0, q1 = p1, q2 = p2, q3 = p3;
-      for (let k = 0; k < length; k++) {
-        const p = a[a0 + k], q = a[a1 + k];
-        const u0 = b[b0 + k], u1 = b[b1 + k], u2 = b[b2 + k], u3 = b[b3 + k];
-        p0 += p * u0; p1 += p * u1; p2 += p * u2; p3 += p * u3;
-        q0 += q * u0; q1 += q * u1; q2 += q * u2; q3 += q * u3;
-      }
-      const y0 = i * stride, y1 = i1 * stride;
-      out[y0 + j] = p0; out[y0 + j1] = p1; out[y0 + j2] = p2; out[y0 + j3] = p3;
-      out[y1 + j] = q0; out[y1 + j1] = q1; out[y1 + j2] = q2; out[y1 + j3] = q3;
-    }
-  }
-}
-
-function add({ shape, data }, y) {
-  const sum = tensor(shape);
-  for (let i = 0; i < data.length; i++) sum.data[i] = data[i] + y.data[i];
-  return sum;
-}
-
-/** Multiply x with factors, which are repeated over the leading axes that they lack. */
-function multiply({ shape, data }, factors) {
-  const product = tensor(shape), row = factors.length;
-  for (let start = 0; start < data.length; start += row) {
-    for (let i = 0; i < row; i++) product.data[start + i] = data[start + i] * factors[i];
-  }
-  return product;
-}
 
 // Chapter 1: the small layers that the rest of the model is made of.
 
@@ -177,6 +114,7 @@ function depthwise(net, name, x) {
   return y;
 }
 
+/** Return each channel's mean over all places of a map. */
 function meanOverPlaces(x) {
   const channels = x.shape.at(-1), places = x.data.length / channels;
   const sums = new Float64Array(channels);
@@ -235,8 +173,7 @@ function patchEmbed(net, name, image) {
 function bicubicMatrix(sizeIn, sizeOut) {
   const a = -0.75;
   return range(sizeOut).map((out) => {
-    const row = new Float64Array(sizeIn);
-    const center = ((out + 0.5) * sizeIn) / sizeOut - 0.5;
+    const row = Array(sizeIn).fill(0), center = ((out + 0.5) * sizeIn) / sizeOut - 0.5;
     for (let tap = Math.floor(center) - 1; tap <= Math.floor(center) + 2; tap++) {
       const d = Math.abs(center - tap);
       const near = ((a + 2) * d - (a + 3)) * d * d + 1;
@@ -249,17 +186,13 @@ function bicubicMatrix(sizeIn, sizeOut) {
 
 /** Resize a map, (height, width, channels), to another height and width. */
 function resizeBicubic(x, [height, width]) {
-  const [rows, columns, channels] = x.shape;
+  const [rows, columns, channels] = x.shape, places = rows * columns;
   if (rows === height && columns === width) return x;
-  const y = tensor([height, width, channels]);
   const [down, right] = [bicubicMatrix(rows, height), bicubicMatrix(columns, width)];
-  for (const i of range(height)) for (const j of range(width)) {
-    for (const p of range(rows)) for (const q of range(columns)) {
-      const share = down[i][p] * right[j][q];
-      const [to, from] = [(i * width + j) * channels, (p * columns + q) * channels];
-      if (share) for (let c = 0; c < channels; c++) y.data[to + c] += share * x.data[from + c];
-    }
-  }
+  // What each place in has to do with each place out: the product of its row's and its column's.
+  const shares = down.flatMap((p) => right.flatMap((q) => p.flatMap((a) => q.map((b) => a * b))));
+  const y = tensor([height, width, channels]);
+  matmul(Float32Array.from(shares), transpose(x.data, places, channels), places, y.data);
   return y;
 }
 
@@ -300,13 +233,6 @@ export function relativePositionIndex([height, width]) {
   }));
 }
 
-/** Return what keeps the parts of a window apart, (tokens, tokens): 0 within a part, or -1e9. */
-function blockMask([height, width], [h, w]) {
-  const part = range(height * width).map((token) =>
-    Math.floor(token / width / h) * width + Math.floor((token % width) / w));
-  return part.flatMap((one) => part.map((other) => (one === other ? 0 : -1e9)));
-}
-
 /** Return the bias that is added to the scores, (heads, query tokens, key tokens). */
 function relativePositionBias(net, name, { window: [height, width], heads, positionIndex }) {
   const rows = (2 * height - 1) * (2 * width - 1), tokens = height * width;
@@ -319,12 +245,7 @@ function relativePositionBias(net, name, { window: [height, width], heads, posit
       for (const row of positionIndex) bias.data[to++] = table[isFlat ? row : row * heads + head];
     }
   }
-  const part = net.switch("part", name);
-  const mask = part === "whole" ? [] : blockMask([height, width], pair(part));
-  mask.forEach((value, i) => {
-    for (let head = 0; head < heads; head++) bias.data[head * mask.length + i] += value;
-  });
-  return bias;
+  return maskParts(net, name, bias, [height, width]);
 }
 
 /** Deal part `which` of each token's channels out: (windows, heads, tokens, head channels). */
@@ -357,18 +278,11 @@ function attentionWeights(q, k, bias, scale) {
     matmul(matrix(q, n % (q.shape[0] * heads)), matrix(k, n), share, matrix(scores, n));
   }
   const raw = scores.data, out = weights.data, added = bias.data;
-  for (let row = 0, biases = 0; row < raw.length; row += tokens, biases += tokens) {
-    if (biases === added.length) biases = 0; // the next window
-    let most = -Infinity, sum = 0;
-    for (let j = 0; j < tokens; j++) {
-      raw[row + j] *= scale;
-      out[row + j] = raw[row + j] + added[biases + j];
-      most = Math.max(most, out[row + j]);
-    }
-    // The softmax. Without the largest score taken off, exp could exceed all numbers.
-    for (let j = 0; j < tokens; j++) sum += out[row + j] = Math.exp(out[row + j] - most);
-    for (let j = 0; j < tokens; j++) out[row + j] /= sum;
+  for (let i = 0; i < raw.length; i++) {
+    raw[i] *= scale;
+    out[i] = raw[i] + added[i % added.length]; // each window gets the same
   }
+  for (let row = 0; row < out.length; row += tokens) softmax(out, row, tokens);
   return [scores, weights];
 }
 
@@ -397,13 +311,13 @@ function windowAttention(net, name, x, layer, qGlobal) {
 
 // Chapter 5: attention and MLP, each with its residual, on a map cut into windows.
 
-/** Visit the rows of windows that lie in a map: where each begins, there and in the windows. */
-function eachWindowRow([height, width, channels], [h, w], visit) {
-  for (let top = 0, start = 0; top < height; top += h) for (let left = 0; left < width; left += w) {
-    for (let i = top; i < top + h; i++, start += w * channels) {
-      const length = Math.min(w, width - left) * channels;
-      if (i < height) visit((i * width + left) * channels, start, length);
-    }
+/** Visit the tokens of a map: where each begins, there and in the map's windows. */
+function eachToken([height, width, channels], [h, w], visit) {
+  const across = Math.ceil(width / w);
+  for (let i = 0, inMap = 0; i < height; i++) for (let j = 0; j < width; j++, inMap += channels) {
+    const window = Math.floor(i / h) * across + Math.floor(j / w);
+    const token = (i % h) * w + (j % w);
+    visit(inMap, (window * h * w + token) * channels);
   }
 }
 
@@ -411,16 +325,16 @@ function eachWindowRow([height, width, channels], [h, w], visit) {
 function windowPartition(x, [h, w]) {
   const [height, width, channels] = x.shape;
   const y = tensor([Math.ceil(height / h) * Math.ceil(width / w), h * w, channels]);
-  eachWindowRow(x.shape, [h, w], (inMap, inWindows, length) =>
-    y.data.set(x.data.subarray(inMap, inMap + length), inWindows));
+  eachToken(x.shape, [h, w], (inMap, inWindows) =>
+    y.data.set(x.data.subarray(inMap, inMap + channels), inWindows));
   return y;
 }
 
 /** Put windows back together: the inverse of windowPartition. */
 function windowReverse(windows, window, shape) {
-  const y = tensor(shape);
-  eachWindowRow(shape, window, (inMap, inWindows, length) =>
-    y.data.set(windows.data.subarray(inWindows, inWindows + length), inMap));
+  const y = tensor(shape), channels = shape[2];
+  eachToken(shape, window, (inMap, inWindows) =>
+    y.data.set(windows.data.subarray(inWindows, inWindows + channels), inMap));
   return y;
 }
 
@@ -443,15 +357,8 @@ function block(net, name, x, layer, qGlobal) {
 
 /** Return the global query of a level's map, (window height, window width, channels). */
 function qGlobal(net, name, x, window, keepdims) {
-  const shape = [...window, x.shape[2]], way = net.switch("query", name);
-  if (way === "zero") return tensor(shape);
-  if (way.shape && String(way.shape) !== String(shape)) {
-    throw new Error(`The query of ${name} has the shape ${shape}; got one of ${way.shape}.`);
-  }
-  if (way.shape) return way;
-  // A map of ones gives a query that was learned, but is the same for every image.
-  const map = way === "own" ? x : tensor(x.shape, new Float32Array(x.data.length).fill(1));
-  return resizeBicubic(globalQueryGenerator(net, name, map, keepdims), window);
+  const generated = (map) => resizeBicubic(globalQueryGenerator(net, name, map, keepdims), window);
+  return switchQuery(net, name, x, [...window, x.shape[2]], generated);
 }
 
 /** A stage: a global query, blocks in turn local and global, downsampling. */
@@ -481,12 +388,4 @@ export function gcvit(net, image) {
     const features = net.keep("pool", meanOverPlaces(normalized));
     return hasTop ? net.keep(name, dense(net, name, features, classes)) : null;
   });
-}
-
-/** Turn logits into probabilities. */
-export function softmax(logits) {
-  const most = Math.max(...logits);
-  const powers = Array.from(logits, (logit) => Math.exp(logit - most));
-  const sum = powers.reduce((total, power) => total + power);
-  return powers.map((power) => power / sum);
 }

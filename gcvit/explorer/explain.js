@@ -1,6 +1,6 @@
 /** What a page shows of a run besides its tensors. */
 
-import { range, tensor } from "./engine.js";
+import { range, tensor } from "./tensors.js";
 
 /** Return what each place of the last map adds to the logit of a class, (height, width). */
 export function classActivation(model, { norm }, label) {

@@ -20,8 +20,8 @@ from gcvit.images import normalize
 from gcvit.readers import training_notes
 
 WORKER = (
-    *("engine.js", "model.js", "readers.js", "images.js", "explain.js"),
-    *("worker.js", "numbers.js"),
+    *("tensors.js", "engine.js", "laboratory.js", "model.js"),
+    *("readers.js", "images.js", "explain.js", "worker.js", "numbers.js"),
 )
 """Files that the worker is put together from, which runs the model."""
 

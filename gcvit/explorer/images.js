@@ -1,6 +1,6 @@
 /** From the pixels of a photograph to what a model takes. */
 
-import { pair, range } from "./engine.js";
+import { pair, range } from "./tensors.js";
 
 /** Return the box (left, top, right, bottom) in the middle of an image that a model looks at. */
 export function centerBox(height, width, [h, w], crop = 1) {

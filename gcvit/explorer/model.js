@@ -1,6 +1,7 @@
 /** What the functions of engine.js share: the weights, the switches, what was computed before. */
 
-import { gcvit, KEEPDIMS, pair, relativePositionIndex, size, tensor } from "./engine.js";
+import { gcvit, KEEPDIMS, relativePositionIndex } from "./engine.js";
+import { pair, size, tensor } from "./tensors.js";
 
 const DEFAULTS = {
   in_channels: 3, mlp_ratio: 3, qkv_bias: true, qk_scale: null, layer_scale: null,

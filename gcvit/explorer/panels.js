@@ -49,6 +49,8 @@ function answerPanel(page) {
       page.find(".unsure").hidden = probabilities[order[0]] >= 0.5;
       page.find(".unsure .best").textContent = percent(probabilities[order[0]]);
       page.find(".effect").textContent = effectOf(page);
+      const note = page.find(".points");
+      if (note) note.hidden = !page.isSwitched();
     },
   };
 }
@@ -148,6 +150,7 @@ function mapPanel(page) {
 
   async function draw() {
     channel.closest("label").hidden = as.value !== "channel";
+    page.find(".range").hidden = as.value === "directions";
     const answer = await page.ask("maps", {
       level: page.state.level,
       as: as.value,

@@ -67,7 +67,7 @@ function asTaken({ pixels, height, width }, taker) {
 async function pass(switches) {
   result = await model.run(photo.image, photo.height, photo.width, { switches });
   const { logits, computed } = result;
-  return { logits, probabilities: softmax(logits), computed };
+  return { logits, probabilities: softmax(Array.from(logits)), computed };
 }
 
 /** Return the global query of each level, by the level's name. */

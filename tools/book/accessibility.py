@@ -3,8 +3,9 @@
     python tools/book/accessibility.py [PAGE ...]
 
 Each page is opened wide and narrow, in light and in dark; one that runs the model is looked at
-before it does and while it does. Findings that axe calls serious or critical end in exit code 1.
-axe-core comes from the npm registry; its version is below.
+before it does and while it does. Findings that axe calls serious or critical end in exit code 1,
+and so does what makes a page wider than its window. axe-core comes from the npm registry; its
+version is below.
 """
 
 import argparse
@@ -22,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 AXE = "axe-core@4.14.1"
 WIDTHS = {"wide": 1400, "narrow": 390}
 SCHEMES = ("light", "dark")
+TIMEOUT = 180_000
+"""Milliseconds that a page may take on a machine that is busy with other things."""
 GRAVE = ("serious", "critical")
 ANSWERED = """
 () => [...document.querySelectorAll(".gcvit-page .said")].every(
@@ -29,6 +32,26 @@ ANSWERED = """
 """
 UNFOLD = """
 for (const folded of document.querySelectorAll(".gcvit-page details")) folded.open = true
+"""
+WIDER = """
+() => {
+  const root = document.documentElement, width = root.clientWidth;
+  if (root.scrollWidth <= width) return [];
+  const isCut = (node) => node !== document.body
+    && (getComputedStyle(node).overflowX !== "visible" || isCut(node.parentElement));
+  const wide = [...document.body.querySelectorAll("*")].filter((node) => {
+    const {left, right} = node.getBoundingClientRect();
+    return left < width && right > width && !isCut(node.parentElement);
+  });
+  const places = wide.filter((node) => !wide.some((other) => other.parentElement === node));
+  return [{
+    id: "width", impact: "serious", help: "A page is no wider than its window",
+    places: places.map((node) => [
+      `${node.parentElement.localName} > ${node.localName}`,
+      `The page has ${root.scrollWidth} px, the window ${width} px.`, node.outerHTML,
+    ]),
+  }];
+}
 """
 RUN = """
 async (scheme) => {
@@ -55,19 +78,20 @@ def axe():
 
 
 def findings(browser, script, page, width, scheme):
-    """Return axe's findings on a page at a width, in light or in dark."""
+    """Return the findings on a page at a width, in light or in dark."""
     viewport = {"width": width, "height": 900}
     with contextlib.closing(browser.new_page(viewport=viewport, color_scheme=scheme)) as opened:
+        opened.set_default_timeout(TIMEOUT)
         opened.goto(page.resolve().as_uri())
         opened.evaluate(f"{script}; 0")
-        seen = opened.evaluate(RUN, scheme)
+        seen = opened.evaluate(RUN, scheme) + opened.evaluate(WIDER)
         if models := opened.locator(".gcvit-page .load").all():
             for button in models:
                 button.click()
             opened.wait_for_function(ANSWERED)
             opened.evaluate(UNFOLD)
             opened.wait_for_selector(".gate-sums p, .looks figure")
-            seen += opened.evaluate(RUN, scheme)
+            seen += opened.evaluate(RUN, scheme) + opened.evaluate(WIDER)
         return seen
 
 
@@ -89,8 +113,8 @@ def main():
                     for one in findings(browser, script, page, width, scheme):
                         key = one["impact"], one["id"], one["help"]
                         for place, why, html in one["places"]:
-                            where = seen.setdefault(key, {}).setdefault(place, (why, html, []))
-                            where[2].append(f"{width_name} {scheme}")
+                            where = seen.setdefault(key, {}).setdefault(place, (why, html, {}))
+                            where[2][f"{width_name} {scheme}"] = None
             for (impact, name, says), places in sorted(seen.items()):
                 grave += (impact in GRAVE) * len(places)
                 rest += (impact not in GRAVE) * len(places)
