@@ -205,8 +205,8 @@ PRESETS = {
         weights={
             "tiny_imagenet": {
                 "file": "gcvit_nano-tiny_imagenet.safetensors",
-                "size": 3_375_752,
-                "sha256": "2626b39cd6bc9253b88161b5d4a1aba50de9b304d021c539858952ccaa97d4d2",
+                "size": 3_376_600,
+                "sha256": "27333867141ccb6a325d529c4778e92c50af34247a3360ebdd245fa450ae393f",
             },
         },
     ),

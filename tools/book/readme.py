@@ -34,10 +34,7 @@ def shipped_notes():
 
 def accuracy(name, notes):
     """Return a sentence on how often the checkpoint that ships is right."""
-    if "top1" in notes:
-        shares = f"top-1 {float(notes['top1']):.1%}, top-5 {float(notes['top5']):.1%}"
-    else:
-        shares = f"accuracy {json.loads(notes['phases'])[-1]['validation_accuracy']:.1%}"
+    shares = f"top-1 {float(notes['top1']):.1%}, top-5 {float(notes['top5']):.1%}"
     return f"The checkpoint that ships, `{name}`, on its validation images: {shares}."
 
 

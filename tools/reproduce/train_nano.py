@@ -5,8 +5,8 @@
 
 FOLDER is the unpacked tiny-imagenet-200: `train/<wnid>/images/*.JPEG`, `val/images` and
 `val/val_annotations.txt`. Every phase hands on nothing but averaged weights, a file of the size
-of a checkpoint, so that a phase can be run on another day or machine; `phases/` holds those of the
-phases that are done. Delete them to begin at the beginning. It can be killed at any moment.
+of a checkpoint, so that a phase can be run on another day or machine. It can be killed at any
+moment.
 
 To choose by, 25 training images of each class are held out. The 10,000 validation images are
 read by `--finish` alone.
@@ -36,14 +36,26 @@ PHASES = {
     # From 64 px on: two thirds of a 128 px step would be spent on pixels that were made up.
     "64px-a": {"image_size": 64, "steps": 4800, "rates": (2e-3, 1.5e-3), "schedule": 7400},
     "64px-b": {"image_size": 64, "steps": 6800, "rates": (1.65e-3, 8e-4), "schedule": 14800},
-    "128px": {"image_size": 128, "steps": 3000, "rates": (8e-4, 0.0), "schedule": 3000},
+    "128px-a": {"image_size": 128, "steps": 3000, "rates": (8e-4, 0.0), "schedule": 3000},
+    "128px-b": {
+        "image_size": 128,
+        "steps": 1600,
+        "rates": (7e-4, 0.0),
+        "schedule": 1600,
+        "mixed": 0.5,
+        "seed": 1,
+    },
 }
 """What is trained, in order, in batches of 128: 742 steps see all images once. `rates`: the highest
 learning rate, after a warm-up, and the one that it falls to within `schedule` steps. A phase may
-end before that. Each takes at most two hours on two cores."""
+end before that. `mixed`: how many of the images get a rectangle of another one, and its label in
+proportion (CutMix). `seed`: for other crops than those of the phase before at the same size. Each
+takes at most two hours on two cores. Of the checkpoint that ships, the first 400 steps of
+`128px-a` were taken while its schedule was 4,000 steps long."""
 
-DONE = Path(__file__).parent / "phases"
-"""What phases that were run before have handed on."""
+AVERAGED = "128px-a", "128px-b"
+"""The phases whose mean weights ship. Of the images held out, the mean gets half a percent more
+right than either of them."""
 
 WINDOWS = {64: (4, 4, 4, 2), 128: (4, 4, 8, 4)}
 """Windows at each image size. At 64 px those of the preset would not fit the last two levels."""
@@ -90,6 +102,26 @@ def boxes(rng, count):
     return np.stack([top, sides[0], top + height, sides[1]], axis=1).astype("float32")
 
 
+def cuts(rng, mixed):
+    """Draw rectangles, as shares of the side, that CutMix fills from another image."""
+    side = np.sqrt(rng.uniform(0, 1, BATCH)) * (rng.random(BATCH) < mixed)
+    centers = rng.uniform(0, 1, (2, BATCH))
+    ends = np.clip([centers - side / 2, centers + side / 2], 0, 1)
+    return np.stack([*ends[0], *ends[1]], axis=1).astype("float32")
+
+
+def cutmix(x, labels, cut):
+    """Fill rectangles from the image before; mix the labels by the areas."""
+    size = x.shape[1]
+    at = (tf.range(size, dtype="float32") + 0.5) / size
+    top, left, bottom, right = tf.split(cut, 4, axis=1)
+    rows, columns = (at > top) & (at < bottom), (at > left) & (at < right)
+    inside = (rows[:, :, None] & columns[:, None, :])[..., None]
+    share = tf.reduce_mean(tf.cast(inside, "float32"), axis=(1, 2))
+    mixed = labels * (1 - share) + tf.roll(labels, 1, axis=0) * share
+    return tf.where(inside, tf.roll(x, 1, axis=0), x), mixed
+
+
 def batches(data, phase, first_step):
     """Return the batches of a phase from a step on; what a step sees follows from its number."""
     pixels, labels = data
@@ -97,27 +129,29 @@ def batches(data, phase, first_step):
 
     def drawn():
         for epoch in range(first_step // steps, -(-phase["steps"] // steps)):
-            rng = np.random.default_rng([SEED, size, epoch])
+            rng = np.random.default_rng([phase.get("seed", SEED), size, epoch])
             order = rng.permutation(len(labels))
             for step in range(steps):
                 box = boxes(rng, BATCH)
                 light = rng.uniform((0.8, -0.1), (1.2, 0.1), (BATCH, 2)).astype("float32")
+                cut = cuts(rng, phase["mixed"]) if "mixed" in phase else np.zeros((BATCH, 4), "f4")
                 if epoch * steps + step >= first_step:
                     chosen = order[step * BATCH : (step + 1) * BATCH]
-                    yield pixels[chosen], labels[chosen], box, light
+                    yield pixels[chosen], labels[chosen], box, light, cut
 
-    def prepare(pixels, labels, box, light):
+    def prepare(pixels, labels, box, light, cut):
         x = tf.image.crop_and_resize(tf.cast(pixels, "float32"), box, tf.range(BATCH), [size] * 2)
         contrast, brightness = tf.split(light[:, None, None], 2, axis=-1)
         mean = tf.reduce_mean(x, axis=(1, 2, 3), keepdims=True)
         x = tf.clip_by_value((x - mean) * contrast + mean + 255 * brightness, 0, 255)
-        return images.normalize(x), tf.one_hot(labels, CLASSES)
+        return cutmix(images.normalize(x), tf.one_hot(labels, CLASSES), cut)
 
     signature = [
         tf.TensorSpec((BATCH, SIDE, SIDE, 3), "uint8"),
         tf.TensorSpec((BATCH,), "int32"),
         tf.TensorSpec((BATCH, 4)),
         tf.TensorSpec((BATCH, 2)),
+        tf.TensorSpec((BATCH, 4)),
     ]
     raw = tf.data.Dataset.from_generator(drawn, output_signature=tuple(signature))
     return raw.map(prepare, num_parallel_calls=1).prefetch(2)
@@ -195,12 +229,6 @@ class Saved(keras.callbacks.Callback):
         )
 
 
-def handed_on(name, work):
-    """Return the file of a phase's weights, made now or before; `None` if there is none."""
-    files = [folder / f"{name}.safetensors" for folder in (work, DONE)]
-    return next((file for file in files if file.exists()), None)
-
-
 def built(size, start):
     """Return the model for an image size, with the weights of a phase before or random ones."""
     model = GCViT.from_preset(
@@ -256,10 +284,12 @@ def train(name, start, data, held, work):
 
 
 def finish(folder, work, out):
-    """Look at the validation images, once, and write what ships."""
-    name = list(PHASES)[-1]
-    size = PHASES[name]["image_size"]
-    model = built(size, handed_on(name, work))
+    """Look at the validation images, and write what ships: the mean of the last phases."""
+    size = PHASES[AVERAGED[-1]]["image_size"]
+    models = [built(size, work / f"{name}.safetensors") for name in AVERAGED]
+    model = models[0]
+    means = [np.mean(w, axis=0) for w in zip(*(values_of(m.weights) for m in models), strict=True)]
+    assign(model.weights, means)
     wnids = sorted(path.name for path in (folder / "train").iterdir())
     words = dict(
         line.split("\t") for line in (folder / "words.txt").read_text("utf-8").splitlines()
@@ -279,8 +309,10 @@ def finish(folder, work, out):
         "mean": images.MEAN.tolist(),
         "std": images.STD.tolist(),
         "phases": {
-            name: json.loads(training_notes(handed_on(name, work))["phase"]) for name in PHASES
+            name: json.loads(training_notes(work / f"{name}.safetensors")["phase"])
+            for name in PHASES
         },
+        "averaged": AVERAGED,
         "seed": SEED,
         "versions": {"keras": keras.__version__, "tensorflow": tf.__version__},
         "top1": top1,
@@ -315,9 +347,10 @@ def main():
     data, held = training_images(given.folder, given.work)
     start = None
     for name in PHASES:
-        if handed_on(name, given.work) is None:
+        weights = given.work / f"{name}.safetensors"
+        if not weights.exists():
             train(name, start, data, held, given.work)
-        start = handed_on(name, given.work)
+        start = weights
 
 
 if __name__ == "__main__":
