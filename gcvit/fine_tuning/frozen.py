@@ -13,7 +13,7 @@ def pooled_features(model, *parts):
 
     Args:
         model: a built `GCViT` that pools its features.
-        *parts: `tf.data.Dataset`s of (images, labels), of images of one size.
+        *parts: each a `tf.data.Dataset` of (images, labels), of images of one size.
 
     Returns:
         A pair of NumPy arrays for each part: (photographs,) labels and (photographs, channels)
