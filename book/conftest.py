@@ -2,12 +2,15 @@
 
 Jupyter leaves a cell out that is tagged skip-execution, as every unsolved exercise is. Here it
 runs where it stands, in a copy of the chapter's namespace, and must end in an AssertionError.
-The notebook stays as it is.
+The notebook stays as it is. Kernels talk through files (tools/book/kernels.py).
 """
 
 import copy
 
+from kernels import talk_through_files
 from nbclient import NotebookClient
+
+talk_through_files()
 
 UNSOLVED = """
 try:

@@ -23,6 +23,7 @@ from check_html import MADE_BY_SPHINX, project_faults, table_of_contents
 from jupyter_cache import get_cache
 from jupyter_cache.base import CacheBundleIn
 from jupyter_cache.executors.utils import single_nb_execution
+from kernels import talk_through_files
 from notebooks import tidied, what_failed, written
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +65,7 @@ def stated_seconds(notebook):
 
 
 def prepare_kernels(threads):
-    """Send what kernels write to the terminal, past their notebook, to a file; limit threads.
+    """Send what kernels write to the terminal to a file; keep their ports and threads apart.
 
     Args:
         threads: how many TensorFlow may split one operation over. With as many as there are
@@ -72,6 +73,7 @@ def prepare_kernels(threads):
     """
     os.dup2(os.open(KERNEL_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
     os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(threads))
+    talk_through_files()
 
 
 def execute(path, timeout):
