@@ -152,7 +152,7 @@ def test_a_call_is_one_run_of_the_task():
     case = {**CASE, "preset": "gcvit_nano", "size": 64}
     predict, images = bench.gcvit_call(case, backend, "predict")
     assert images == 2 * bench.BATCHES_A_CALL
-    assert predict().shape == (images, 5) and np.isfinite(predict()).all()
+    assert predict().shape == (images, 200) and np.isfinite(predict()).all()
     mode = next(iter(bench.MODES[backend]))
     step, images = bench.gcvit_call({**case, "task": "step"}, backend, mode)
     assert images == 2 and np.isfinite([step(), step()]).all()

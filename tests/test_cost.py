@@ -171,7 +171,7 @@ def test_parts_name_what_they_count():
     assert kinds.count("MLP") == 12
     assert kinds.count("generator") == 4
     assert kinds.count("downsampling") == 3
-    assert parts[-1].multiply_adds == 192 * 5
+    assert parts[-1].multiply_adds == 192 * 200
 
 
 def test_a_level_without_a_global_block_makes_no_query():

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import serving, tiny_model
 from PIL import Image
+from safetensors.numpy import save_file
 from skimage import data
 
 from gcvit import PRESETS, FetchError, GCViT, fine_tuning
@@ -153,6 +154,11 @@ def no_model(place):
 
 def foreign_model(place):
     (place / "m.safetensors").write_bytes(b"PK what is this")
+    return "predict m.safetensors photos", "m.safetensors cannot be read as a checkpoint .* damaged"
+
+
+def no_classifier(place):
+    save_file({"a": np.zeros(2)}, place / "m.safetensors")
     return "predict m.safetensors photos", "m.safetensors does not say what a classifier needs"
 
 
@@ -161,7 +167,7 @@ def no_image(place):
 
 
 @pytest.mark.parametrize(
-    "spoil", [spoiled, missing, nowhere_to_write, no_model, foreign_model, no_image]
+    "spoil", [spoiled, missing, nowhere_to_write, no_model, foreign_model, no_classifier, no_image]
 )
 def test_a_failure_is_one_sentence_and_exit_code_1(tmp_path, monkeypatch, capsys, spoil):
     import re
@@ -254,7 +260,7 @@ def test_convert_writes_reads_again_and_says_what_it_did(tmp_path, capsys):
     out = tmp_path / "nano.weights.h5"
     assert main(["convert", str(shipped), str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "1,635,601 parameters of gcvit_nano, official names" in shown and "step" in shown
+    assert "1,673,236 parameters of gcvit_nano, official names" in shown and "step" in shown
     timm = str(tmp_path / "timm.safetensors")
     assert main(["convert", str(out), timm, "--naming=timm", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -352,7 +358,7 @@ def test_prefetch_all_takes_each_preset_s_first_weights(downloads, monkeypatch, 
 
 @pytest.mark.parametrize(
     "name, message",
-    [("gcvit_huge", "none of gcvit_xxtiny, "), ("gcvit_nano/timm", "lists flowers")],
+    [("gcvit_huge", "none of gcvit_xxtiny, "), ("gcvit_nano/timm", "lists tiny_imagenet")],
 )
 def test_prefetch_names_what_it_knows(name, message, capsys):
     with pytest.raises(SystemExit) as ended:
