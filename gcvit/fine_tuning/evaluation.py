@@ -20,7 +20,7 @@ def predict(model, batches):
     Returns:
         NumPy arrays: (photographs,) labels and (photographs, classes) probabilities.
     """
-    parts = [(labels, model.predict_on_batch(images)) for images, labels in batches]
+    parts = [(labels, model.predict_on_batch(x)) for x, labels in batches.as_numpy_iterator()]
     labels, probabilities = zip(*parts, strict=True)
     return np.concatenate(labels), np.concatenate(probabilities)
 
