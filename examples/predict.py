@@ -9,7 +9,7 @@ from gcvit.images import normalize, read_photograph, resize
 from gcvit.readers import class_names
 from gcvit.weights import locate
 
-preset = PRESETS["gcvit_nano"]  # ships with the package, and knows 200 everyday things
+preset = PRESETS["gcvit_nano"]  # ships with the package, and knows 200 kinds of things
 names = class_names(locate(preset["weights"]["tiny_imagenet"]))
 model = GCViT.from_preset("gcvit_nano")
 
