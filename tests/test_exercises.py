@@ -61,6 +61,7 @@ def outcomes(tmp_path_factory):
         cells = [code("x = 1"), code(exercise, metadata={"tags": tags}), code("assert x == 1")]
         nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
     command = [sys.executable, "-m", "pytest", "--nbmake", "--overwrite", "--junitxml=report.xml"]
+    command += ["--override-ini", f"pythonpath={BOOK.parent / 'tools' / 'book'}"]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert result.returncode == 1, result.stdout
     reports = ElementTree.parse(folder / "report.xml").iter("testcase")
