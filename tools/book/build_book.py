@@ -148,7 +148,7 @@ def configuration(executed):
 
 
 def drop_leftovers():
-    """Remove the pages and images of earlier builds, to which nothing leads any more."""
+    """Remove the pages and images of earlier builds, and other files that no page leads to."""
     pages = MADE_BY_SPHINX | set(table_of_contents(TOC))
     for path in HTML.glob("*.html"):
         if path.stem not in pages:
@@ -157,6 +157,8 @@ def drop_leftovers():
     for path in (HTML / "_images").glob("*"):
         if path.name not in shown:
             path.unlink()
+    for path in (HTML / "_static").rglob("*.map"):  # for those who debug the theme
+        path.unlink()
 
 
 def share_checkpoints(html):
