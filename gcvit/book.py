@@ -75,9 +75,8 @@ class TrainConfig:
 def train_config():
     """Return the `TrainConfig` that the environment variable `GCVIT_RUN` asks for.
 
-    The live run takes less than a minute on two CPU cores; "brief" has fewer epochs, for tests.
-    The original notebook's run is made where "full" asks for it, or by "auto", which stands
-    where nothing is set, on an accelerator.
+    "brief" has fewer epochs, for tests. The original notebook's run is made where "full" asks
+    for it, or by "auto", which stands where nothing is set, on an accelerator.
 
     Raises:
         ValueError: see `run_setting`.
