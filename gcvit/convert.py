@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -22,9 +21,6 @@ from gcvit.weights import (
     save_safetensors,
     weight_specs,
 )
-
-RESULTS = Path(__file__).parent / "results"
-"""Folder of what was measured elsewhere and ships with the package."""
 
 # What tells a model's sizes, in the three kinds of names: a pattern for each, whose groups are
 # the level and, where there is one, the block.

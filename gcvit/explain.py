@@ -1,6 +1,8 @@
 """What the chapters look into a model with: its attention, its maps, its gradients."""
 
 import inspect
+import json
+from importlib.resources import files
 
 import keras
 import numpy as np
@@ -41,6 +43,11 @@ def trained_model():
 def trained_classes():
     """Return the names of `trained_model`'s 200 classes, in the order of its probabilities."""
     return class_names(locate(next(iter(PRESETS[TRAINED]["weights"].values()))))
+
+
+def recorded(name):
+    """Return what a tool of `tools/reproduce` measured: `gcvit/results/<name>.json`, read."""
+    return json.loads((files("gcvit") / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def source(thing):
