@@ -41,7 +41,7 @@ from gcvit.unit_blocks import reinit_glorot
 
 RESULTS = Path(__file__).resolve().parents[2] / "gcvit" / "results" / "transfer.json"
 SIZE, BATCH, PILOT_SEED, SEEDS = 128, 32, 100, (0, 1, 2)
-BUDGET = {5: 4, 20: 8, 80: 16, None: 15}
+BUDGET = {5: 4, 20: 8, 80: 16, None: 10}
 """Epochs by photographs of each class. An epoch is a pass over all of them, or as many passes
 as make thirty batches."""
 WAYS = ("scratch", "frozen", "full")
@@ -56,6 +56,8 @@ PARTS = {
     "averaged weights": {"averaging": True},
 }
 """What is added to plain crops, one part at a time, at 80 photographs of each class."""
+PARTS_EPOCHS = 8
+"""Epochs by which the parts are compared: as many as the pilots', by which rates are chosen."""
 
 
 def arrays(part):
@@ -124,15 +126,14 @@ def train_head(data, each, seed, arguments):
     }
 
 
-def train_model(data, way, each, seed, settings, arguments):
+def train_model(data, way, each, seed, epochs, settings, arguments):
     """Train all weights; return what is written of it."""
     keras.utils.set_random_seed(seed)
     weights = None if way == "scratch" else arguments.weights
     model = GCViT.from_preset("gcvit_nano", weights, num_classes=len(data.whole.class_names))
     if way == "scratch":
         reinit_glorot(model)
-    name = "-".join(map(str, [way, each or "all", seed, *settings.values()]))
-    epochs = BUDGET[each]
+    name = "-".join(map(str, [way, each or "all", seed, epochs, *settings.values()]))
     photos = data.drawn(each, seed)
     run = finetune(
         model, photos, SIZE, epochs, BATCH, seed=seed, backup=arguments.work / name,
@@ -196,14 +197,15 @@ def save(results, path):
 def measure(data, arguments, results):
     """Run what the results lack yet, and write each run as it is finished."""
 
-    def complete(where, way, each, seed, settings, **notes):
+    def complete(where, way, each, seed, settings, epochs=None, **notes):
         same = {"way": way, "each": each, "seed": seed, "settings": settings, **notes}
         if not any(same.items() <= run.items() for run in results[where]):
             print({"experiment": where, **same}, flush=True)
             if way == "frozen":
                 run = train_head(data, each, seed, arguments)
             else:
-                run = train_model(data, way, each, seed, settings, arguments)
+                epochs = epochs or BUDGET[each]
+                run = train_model(data, way, each, seed, epochs, settings, arguments)
             results[where].append({**same, **run})
             save(results, arguments.out)
 
@@ -220,7 +222,7 @@ def measure(data, arguments, results):
     for part, change in PARTS.items():
         for seed in SEEDS:
             settings = {"peak": peak["full"], **PLAIN, **change}
-            complete("parts", "full", 80, seed, settings, part=part)
+            complete("parts", "full", 80, seed, settings, PARTS_EPOCHS, part=part)
     for each in BUDGET:
         for seed in SEEDS:
             complete("runs", "frozen", each, seed, {})
@@ -245,6 +247,7 @@ def main():
         "image_size": SIZE,
         "batch_size": BATCH,
         "epochs": {str(each or "all"): epochs for each, epochs in BUDGET.items()},
+        "parts_epochs": PARTS_EPOCHS,
     }
     measure(Flowers(), arguments, results)
     save(results, arguments.out)
