@@ -156,7 +156,7 @@ def read_photograph(path, short_side=None):
             return np.array(image)
     except Exception as error:  # whatever the decoders raise on a damaged file
         raise DatasetError(
-            f"{path} cannot be read as a photograph ({error}). Mend it, or move it out of the "
+            f"{path} cannot be read as a photograph ({error}). Fix it, or move it out of the "
             "folder."
         ) from error
 

@@ -189,9 +189,9 @@ class PretrainedModel(keras.Model):
             return False
         raise readers.CheckpointError(
             f"{path} holds the state of another optimizer, or of one for other trainable "
-            f"weights ({len(stored)} variables; this model's has {len(own)}, or others "
-            "in shape). Freeze what was frozen then, or compile the model anew and read "
-            "the file before it trains."
+            f"weights ({len(stored)} variables; this model's optimizer has {len(own)}, or "
+            "some of other shapes). Freeze what was frozen then, or compile the model anew and "
+            "read the file before it trains."
         )
 
     def get_build_config(self):
@@ -472,7 +472,7 @@ def _export_litert(model, export, filepath, **kwargs):
     import tensorflow as tf
 
     if not os.fspath(filepath).endswith(".tflite"):
-        raise ValueError(f"What is written as LiteRT is a .tflite file; got {filepath}.")
+        raise ValueError(f"A LiteRT file must end in .tflite; got {filepath}.")
     kwargs.setdefault("target_spec", {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]})
     with checkpoints.replacing(filepath) as unfinished, _with_gelu_of_tensorflow(model):
         try:

@@ -111,7 +111,7 @@ def _read_whole(path, start, limit):
         )
     raise CheckpointError(
         f"{path} is of a kind that is not supported: it starts with {start.decode('latin-1')!r}. "
-        f"Read are {FORMATS_READ}."
+        f"Supported formats: {FORMATS_READ}."
     )
 
 
@@ -123,7 +123,7 @@ def _file_in(path):
                 return os.path.join(path, name)
         raise CheckpointError(
             f"{path} is a folder without model.weights.h5 or model.safetensors in it: give the "
-            f"checkpoint's file. Read are {FORMATS_READ}."
+            f"checkpoint's file. Supported formats: {FORMATS_READ}."
         )
     if "://" in path:
         raise FileNotFoundError(f"{path} is an address: fetch the file, and give its path.")
@@ -146,7 +146,7 @@ def naming_the_file(path):
         reason = (str(error).splitlines() or [""])[0][:200]
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}: {reason}). It is "
-            "damaged, as by a download that broke off: delete it and fetch it again."
+            "damaged, perhaps by an interrupted download: delete it and download it again."
         ) from error
 
 
@@ -247,7 +247,7 @@ def _read_zip(path, limit):
             return _read_torch(path, archive, limit)
     raise CheckpointError(
         f"{path} is of a kind that is not supported: a zip file with "
-        f"{', '.join(names[:3]) or 'nothing'} in it. Read are {FORMATS_READ}."
+        f"{', '.join(names[:3]) or 'nothing'} in it. Supported formats: {FORMATS_READ}."
     )
 
 
@@ -416,7 +416,7 @@ def _read_index(path, limit):
     if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
         raise CheckpointError(
             f"{path} is of a kind that is not supported: JSON without the weight_map that an index "
-            f"has. Read are {FORMATS_READ}."
+            f"has. Supported formats: {FORMATS_READ}."
         )
     files = [part if isinstance(part, list) else [part] for part in index["weight_map"].values()]
     tensors, total = {}, 0

@@ -553,7 +553,7 @@ def save_safetensors(model, path, dtype="float32", metadata=None, naming="offici
         OSError: see `replacing`.
     """
     if not os.fspath(path).endswith(".safetensors"):
-        raise ValueError(f"What is written is a .safetensors file; got {path}.")
+        raise ValueError(f"The file must end in .safetensors; got {path}.")
     tensors = {}
     for spec in weight_specs(model):
         name, value = spec.names[naming], spec.value

@@ -319,7 +319,7 @@ def parts_of_a_set(folder):
 
 def one_class(folder):
     (folder / "dogs").rename(folder.parent / "elsewhere")
-    return r"pets holds 1 class folders \(cats\)"
+    return r"pets holds 1 class folder \(cats\)"
 
 
 def no_folder(folder):

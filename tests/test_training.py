@@ -351,7 +351,7 @@ def test_images_and_labels_that_do_not_fit_are_refused_before_training(two_class
     with pytest.raises(ValueError, match="label -1 is outside"):
         fine_tuning.fit(plain_model(), dataclasses.replace(run, validation=moved), verbose=0)
     wide = fine_tuning.one_hot(run.validation, 3)
-    with pytest.raises(ValueError, match="labels are of 3 classes, the model's 2"):
+    with pytest.raises(ValueError, match="labels have 3 classes, but the model has 2"):
         fine_tuning.fit(plain_model(), dataclasses.replace(run, validation=wide), verbose=0)
 
 

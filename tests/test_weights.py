@@ -416,7 +416,7 @@ def test_what_pytorch_will_not_unpack_is_said_in_words_of_our_own(tmp_path, tiny
     "data, message",
     [
         (b"", "is damaged: it is empty"),
-        (b"\x89HDF\r\n\x1a\n" + b"0" * 99, "is damaged, as by a download that broke off"),
+        (b"\x89HDF\r\n\x1a\n" + b"0" * 99, "is damaged, perhaps by an interrupted download"),
         (b"ONNX and others", "of a kind that is not supported: it starts with 'ONNX and '"),
         (b"\x80\x02}q\x00.", "is a pickle, a kind that is not supported"),
         (b"<html>Log in</html>", "is a web page"),

@@ -19,9 +19,9 @@ PIXELS_FOR_PARTS = 96**2
 def custom_kernel_vjp(function, kernel_gradient, input_gradient=None, split=lambda maps: maps):
     """Give a function of maps and a kernel a gradient by the kernel that is summed up in parts.
 
-    XLA computes that of a convolution as one whose window is the whole map. For that of a matrix
-    product it writes the maps a second time, transposed, and for this computes what the blocks
-    above have sent back anew in each block.
+    XLA computes the kernel's gradient of a convolution as another convolution, whose window is
+    the whole map. For a matrix product it writes a transposed copy of the maps; to make this
+    copy, it computes the gradient that comes from the later blocks again in every block.
 
     Args:
         function: (maps, kernel) to new maps.

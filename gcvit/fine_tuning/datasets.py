@@ -318,7 +318,7 @@ def _entries(folder):
                 entries[path] = stat.S_ISDIR(mode)
     except OSError as error:
         raise DatasetError(
-            f"{error.filename or folder} cannot be opened ({error.strerror}). Mend it, or move it "
+            f"{error.filename or folder} cannot be opened ({error.strerror}). Fix it, or move it "
             "out of the folder."
         ) from error
     return entries
@@ -363,13 +363,13 @@ def _files_by_class(folder):
     stray = [path for path, is_folder in entries.items() if not is_folder]
     if stray:
         raise DatasetError(
-            f"{stray[0]} is in no class: each photograph belongs into the folder of its class."
+            f"{stray[0]} is in no class: each photograph belongs in the folder of its class."
         )
     if len(entries) < 2:
         raise DatasetError(
-            f"{folder} holds {len(entries)} class folders"
+            f"{folder} holds {len(entries)} class folder{'' if entries else 's'}"
             + "".join(f" ({path.name})" for path in entries)
-            + "; to tell classes apart takes at least two."
+            + "; at least two are needed."
         )
     if {path.name.lower() for path in entries} <= PARTS and any(map(_folders_in, entries)):
         raise DatasetError(

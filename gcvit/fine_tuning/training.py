@@ -342,7 +342,9 @@ def check_batch(model, images, labels):
         raise ValueError(sentence)
     classes = model.compute_output_shape(images.shape)[-1]
     if labels.ndim == 2 and labels.shape[-1] != classes:
-        raise ValueError(f"The labels are of {labels.shape[-1]} classes, the model's {classes}.")
+        raise ValueError(
+            f"The labels have {labels.shape[-1]} classes, but the model has {classes}."
+        )
     if labels.ndim == 1:
         labels_within(labels, classes)
 
