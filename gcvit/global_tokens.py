@@ -14,7 +14,7 @@ def bicubic_matrix(size_in, size_out):
     Keys' cubic kernel with a = -0.75, half-pixel centers, borders repeated, no
     antialiasing: what PyTorch's `interpolate(mode="bicubic")` does, and so what the
     official code resizes queries and position tables with. Keras's own bicubic resize
-    has a = -0.5.
+    has a = -0.5 on TensorFlow and JAX.
 
     Args:
         size_in: samples given; an integer, or a scalar tensor where it is not known yet.

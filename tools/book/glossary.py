@@ -14,7 +14,7 @@ from notebooks import BOOK, written
 
 # Where a term is not read as prose: code, links, formulas, raw HTML, and headings.
 SKIPPED = re.compile(
-    r"```.*?```|`[^`]*`|!?\[[^\]]*\]\([^)]*\)|\$\$.*?\$\$|\$[^$\n]*\$|<[^>]+>|^#+ [^\n]*$|^\|[^\n]*$",
+    r"```.*?```|`[^`]*`|!?\[[^\]]*\]\([^)]*\)|\$\$.*?\$\$|\$[^$\n]*\$|<[^>]+>|^(?:#+ |\|)[^\n]*$",
     re.S | re.M,
 )
 
