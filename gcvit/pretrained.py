@@ -190,8 +190,8 @@ class PretrainedModel(keras.Model):
         raise readers.CheckpointError(
             f"{path} holds the state of another optimizer, or of one for other trainable "
             f"weights ({len(stored)} variables; this model's optimizer has {len(own)}, or "
-            "some of other shapes). Freeze what was frozen then, or compile the model anew and "
-            "read the file before it trains."
+            "some of other shapes). Freeze the layers that were frozen when the file "
+            "was written, or compile the model anew and read the file before it trains."
         )
 
     def get_build_config(self):

@@ -374,7 +374,7 @@ def _files_by_class(folder):
     if {path.name.lower() for path in entries} <= PARTS and any(map(_folders_in, entries)):
         raise DatasetError(
             f"{folder} holds the parts of a data set ({', '.join(path.name for path in entries)}), "
-            "not its classes: give one part. What is validated on is drawn from it."
+            "not its classes: give one part. The validation photographs are drawn from it."
         )
     files = {}
     for entry in entries:
