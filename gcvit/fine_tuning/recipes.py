@@ -139,8 +139,8 @@ def finetune(
     """Prepare a recipe that holds on to what the pretrained model knows.
 
     AdamW with warm-up and cosine, random parts of the photographs, half of them mirrored,
-    smoothed labels, and the best epoch's weights kept. What more was tried, and measured not to
-    help beyond chance, is in `results/transfer.md`.
+    smoothed labels, and the best epoch's weights kept. Chapter 8 shows what more was measured
+    and did not help beyond chance.
 
     Args:
         model: see `original`.
