@@ -41,7 +41,7 @@ from gcvit.unit_blocks import reinit_glorot
 
 RESULTS = Path(__file__).resolve().parents[2] / "gcvit" / "results" / "transfer.json"
 SIZE, BATCH, PILOT_SEED, SEEDS = 128, 32, 100, (0, 1, 2)
-BUDGET = {5: 4, 20: 8, 80: 16, None: 10}
+BUDGET = {5: 4, 20: 8, 80: 8, None: 8}
 """Epochs by photographs of each class. An epoch is a pass over all of them, or as many passes
 as make thirty batches."""
 WAYS = ("scratch", "frozen", "full")
@@ -171,8 +171,8 @@ def measure(data, arguments, results):
         )["peak"]
         for way in PEAKS
     }
-    for each in BUDGET:
-        for seed in SEEDS:
+    for seed in SEEDS:
+        for each in BUDGET:
             for way in WAYS:
                 complete("runs", way, each, seed, peaks.get(way))
 
