@@ -36,21 +36,15 @@ __all__ = [
 ]
 
 
-class _Later:
-    """Stands for a class that a saved model can name, until its module is imported.
+class _Switched:
+    """Stands for the laboratory's model, which a saved model can name, until it is asked for.
 
-    The modules import TensorFlow or SciPy, which to read a model should not.
+    Its module imports TensorFlow and SciPy, which to read a model should not.
     """
 
-    def __init__(self, module, name):
-        self.module, self.name = module, name
-
-    def from_config(self, config):
-        return getattr(importlib.import_module(self.module), self.name).from_config(config)
+    @staticmethod
+    def from_config(config):
+        return importlib.import_module("gcvit.laboratory").Switched.from_config(config)
 
 
-for _name, _module in (
-    ("LayerwiseAdamW", "gcvit.fine_tuning.recipes"),
-    ("Switched", "gcvit.laboratory"),
-):
-    keras.saving.get_custom_objects()[f"gcvit>{_name}"] = _Later(_module, _name)
+keras.saving.get_custom_objects()["gcvit>Switched"] = _Switched

@@ -2,7 +2,6 @@
 
 import keras
 import numpy as np
-import pytest
 import tensorflow as tf
 from skimage import data
 
@@ -50,22 +49,11 @@ def test_random_boxes_hold_their_share_and_lie_inside():
     assert means.std() > 10
 
 
-@pytest.mark.numerics  # Keras's layers in it must not compute with the model's backend
-def test_rand_augment_keeps_shape_and_range_and_draws_for_each_image():
-    photos = tf.data.Dataset.from_tensors((data.chelsea(), 0)).repeat(24)
-    batches = fine_tuning.make_dataset(
-        photos, 32, batch_size=24, train=True, augment=fine_tuning.rand_augment(0.5)
-    )
-    images = denormalize(next(iter(batches))[0])
-    assert images.shape == (24, 32, 32, 3)
-    assert len({image.tobytes() for image in images}) > 18
-
-
 def test_no_pass_waits_for_a_thread_that_tunes_the_pipeline():
     """Also where more is put behind it: the option goes through."""
     photos = tf.data.Dataset.from_tensors((data.chelsea(), 0)).repeat(4)
     batches = fine_tuning.make_dataset(photos, 32, 2, train=True)
-    for later in (batches, fine_tuning.mix(fine_tuning.one_hot(batches, 3)), batches.repeat(2)):
+    for later in (batches, fine_tuning.one_hot(batches, 3), batches.repeat(2)):
         assert later.options().autotune.enabled is False
 
 
@@ -77,8 +65,7 @@ def test_what_an_epoch_draws_follows_from_its_number_and_the_seed():
             return fine_tuning.make_dataset(photos.train, 32, 8, True, seed=seed, epoch=epoch)
 
         batches = fine_tuning.every_epoch(one_pass, first, last)
-        mixed = fine_tuning.mix(fine_tuning.one_hot(batches, 7), seed, first=4 * first)
-        return [images.numpy().tobytes() for images, _ in mixed]
+        return [images.numpy().tobytes() for images, _ in batches]
 
     keras.utils.set_random_seed(0)
     both = drawn(0)
@@ -87,30 +74,6 @@ def test_what_an_epoch_draws_follows_from_its_number_and_the_seed():
     keras.utils.set_random_seed(1)
     assert drawn(1) == both[4:]
     assert not set(drawn(0, 1, seed=1)) & set(both)
-
-
-def test_what_rand_augment_draws_follows_from_its_seed():
-    augment = fine_tuning.rand_augment()
-    image = tf.cast(resize(data.chelsea(), 32), "float32")
-    first, again, other = (augment(image, (0, i)).numpy() for i in (1, 1, 2))
-    assert np.array_equal(first, again) and not np.array_equal(first, other)
-
-
-@pytest.mark.numerics  # Keras's layers in it must not compute with the model's backend
-def test_mixing_blends_labels_as_it_blends_pixels():
-    # Class k is an image full of k, so the mean of a blend says what its label must be.
-    labels = np.arange(24) % 4
-    images = np.ones((24, 16, 16, 3)) * labels[:, None, None, None]
-    batches = tf.data.Dataset.from_tensor_slices((np.float32(images), labels)).batch(8)
-    mixed = list(fine_tuning.mix(fine_tuning.one_hot(batches, 4)))
-    for number, (blended, rows) in enumerate(mixed):
-        np.testing.assert_allclose(rows.numpy().sum(axis=1), 1, atol=1e-5)
-        means = blended.numpy().mean(axis=(1, 2, 3))
-        # CutMix cuts whole pixels: a rectangle may miss up to one row and one column.
-        atol = 3 * 2 / 16 if number == 1 else 1e-4
-        np.testing.assert_allclose(means, rows.numpy() @ np.arange(4), atol=atol)
-        assert (rows.numpy().max(axis=1) < 1).any() == (number != 2)
-    np.testing.assert_array_equal(mixed[2][0], images[16:])
 
 
 def test_padding_changes_no_mean():

@@ -39,25 +39,6 @@ def test_weight_decay_spares_biases_norms_factors_and_tables():
     assert len(before) == len(model.weights)
 
 
-def test_earlier_layers_learn_at_lower_rates():
-    config = {"window_size": (8, 4), "depths": (1, 1), "num_heads": (1, 2)}
-    model = GCViT(**config, embed_dim=4, num_classes=2)
-    model.build((None, 32, 32, 3))
-    rates = fine_tuning.layer_rates(model, decay=0.5)
-    assert rates == {"patch_embed": 0.125, "levels_0": 0.25, "levels_1": 0.5}
-    optimizer = fine_tuning.adamw(0.1, weight_decay=0.0, rates=rates)
-    variables = model.trainable_variables
-    before = [to_numpy(variable) for variable in variables]
-    # Adam's first step has the length of the learning rate, whatever the gradient.
-    optimizer.apply([np.ones(variable.shape, "float32") for variable in variables], variables)
-    for variable, value in zip(variables, before, strict=True):
-        part = variable.path.split("/")[1]
-        moved = value - to_numpy(variable)
-        np.testing.assert_allclose(moved, 0.1 * rates.get(part, 1.0), rtol=1e-3)
-    again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
-    assert again.rates == rates
-
-
 @pytest.mark.parametrize("recipe", fine_tuning.RECIPES.values())
 def test_a_model_without_weights_is_refused(recipe):
     photos = fine_tuning.embedded_photographs(per_class=4)

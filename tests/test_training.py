@@ -22,15 +22,8 @@ from gcvit import fine_tuning
 from gcvit.fine_tuning import (
     BackupError,
     DivergenceError,
-    recipes,
 )
-
-
-@pytest.fixture
-def undistorted(monkeypatch):
-    """Spare a run the augmentation, which takes TensorFlow a second to trace."""
-    monkeypatch.setattr(recipes, "rand_augment", lambda strength: fine_tuning.flip)
-    monkeypatch.setattr(recipes, "mix", lambda batches, seed, first: batches)
+from gcvit.fine_tuning.training import make_variables
 
 
 class At(keras.callbacks.Callback):
@@ -72,8 +65,12 @@ def learning_model(seed):
 
 
 def prepared(model, photos, backup=None):
-    # Mirrored and mixed, but no more: RandAugment takes seconds to trace.
-    return fine_tuning.finetune(model, photos, 32, 3, 8, backup=backup, peak=3e-3, strength=0)
+    """Return a run whose optimizer averages the weights, as a user's own may."""
+    run = fine_tuning.finetune(model, photos, 32, 3, 8, backup=backup)
+    optimizer = fine_tuning.adamw(3e-3, use_ema=True, ema_momentum=0.8)
+    model.compile(optimizer, model.loss, weighted_metrics=["accuracy"])
+    make_variables(model, np.zeros((1, 2)), 2)
+    return run
 
 
 def test_a_killed_run_goes_on_to_the_same_end(tmp_path):
@@ -115,12 +112,11 @@ def test_the_variables_of_a_gcvit_hold_its_random_generators():
     np.testing.assert_allclose(to_numpy(model(images, training=True)), first, atol=1e-6)
 
 
-@pytest.mark.usefixtures("undistorted")
 def test_the_averaged_weights_of_the_best_epoch_are_left(two_classes):
     photos, batches = two_classes
     keras.utils.set_random_seed(0)
     model = plain_model()
-    run = fine_tuning.finetune(model, photos, 32, 3, 8)
+    run = prepared(model, photos)
     history = fine_tuning.fit(model, run, verbose=0)
     loss = model.evaluate(batches, verbose=0)[0]
     assert loss == pytest.approx(min(history["val_loss"]), rel=1e-4)
@@ -138,7 +134,6 @@ def worsening(photos):
     return dataclasses.replace(photos, validation=wrong)
 
 
-@pytest.mark.usefixtures("undistorted")
 def test_a_run_remembers_its_best_epoch_and_patience_when_it_is_cut_off(two_classes, tmp_path):
     photos = worsening(two_classes[0])
     whole = plain_model()
@@ -161,7 +156,6 @@ def test_a_run_remembers_its_best_epoch_and_patience_when_it_is_cut_off(two_clas
 
 
 @pytest.mark.parametrize("recipe", ["original", "finetune"])
-@pytest.mark.usefixtures("undistorted")
 def test_an_interrupt_leaves_the_best_weights_and_the_backup(two_classes, tmp_path, capsys, recipe):
     photos, _ = two_classes
     model = plain_model()
@@ -176,7 +170,6 @@ def test_an_interrupt_leaves_the_best_weights_and_the_backup(two_classes, tmp_pa
     assert len(again["loss"]) == 4 and again["loss"][:2] == history["loss"]
 
 
-@pytest.mark.usefixtures("undistorted")
 def test_an_interrupt_in_the_first_epoch_leaves_a_usable_model(two_classes, capsys):
     photos, batches = two_classes
     model = plain_model()
@@ -186,7 +179,6 @@ def test_an_interrupt_in_the_first_epoch_leaves_a_usable_model(two_classes, caps
     assert np.isfinite(model.evaluate(batches, verbose=0)[0])
 
 
-@pytest.mark.usefixtures("undistorted")
 def test_a_backup_of_another_run_or_a_damaged_one_is_refused(two_classes, tmp_path):
     photos, _ = two_classes
 
@@ -212,7 +204,7 @@ def test_a_backup_of_a_gcvit_holds_the_state_of_its_optimizer(tmp_path):
     models = []
     for value in (1.0, 0.0):
         model = tiny_model()
-        optimizer = fine_tuning.adamw(1e-3, rates=fine_tuning.layer_rates(model), use_ema=True)
+        optimizer = fine_tuning.adamw(1e-3, use_ema=True)
         model.compile(optimizer, "categorical_crossentropy")
         optimizer.build(model.trainable_variables)
         for variable in optimizer.variables:
@@ -224,8 +216,7 @@ def test_a_backup_of_a_gcvit_holds_the_state_of_its_optimizer(tmp_path):
     assert all((to_numpy(variable) == 1).all() for variable in models[1].optimizer.variables)
 
 
-@pytest.mark.usefixtures("undistorted")
-def test_early_stopping_leaves_the_best_epoch_s_averaged_weights(two_classes):
+def test_early_stopping_leaves_the_best_epoch_s_weights(two_classes):
     photos = worsening(two_classes[0])
     keras.utils.set_random_seed(0)
     model = plain_model()
@@ -237,7 +228,6 @@ def test_early_stopping_leaves_the_best_epoch_s_averaged_weights(two_classes):
     assert model.evaluate(run.validation, verbose=0)[0] == pytest.approx(best, rel=1e-4)
 
 
-@pytest.mark.usefixtures("undistorted")
 def test_a_run_that_trains_other_weights_is_refused_before_anything_is_assigned(tmp_path):
     photos = dark_and_bright()
 
@@ -293,7 +283,6 @@ class Spoil(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("recipe", ["original", "finetune"])
 @pytest.mark.parametrize("epoch", [0, 2])
-@pytest.mark.usefixtures("undistorted")
 def test_a_run_that_diverges_fails_with_the_last_good_weights(two_classes, tmp_path, recipe, epoch):
     photos, _ = two_classes
     model = plain_model()
@@ -321,7 +310,6 @@ STOPPING = {
 
 
 @pytest.mark.parametrize("kind", STOPPING)
-@pytest.mark.usefixtures("undistorted")
 def test_any_callback_can_end_a_run(two_classes, kind):
     model = plain_model()
     run = fine_tuning.finetune(model, two_classes[0], 32, 6, 8)
@@ -329,7 +317,6 @@ def test_any_callback_can_end_a_run(two_classes, kind):
     assert len(history["loss"]) == 2
 
 
-@pytest.mark.usefixtures("undistorted")
 def test_terminate_on_nan_ends_a_run_as_divergence(two_classes):
     model = plain_model()
     run = fine_tuning.finetune(model, two_classes[0], 32, 6, 8)

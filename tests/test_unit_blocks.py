@@ -141,15 +141,6 @@ from test_unit_blocks import filled_output
 
 assert keras.config.image_data_format() == "channels_first"
 np.save(sys.argv[1], filled_output(tiny_model()))
-
-from gcvit.fine_tuning import mix, one_hot, rand_augment  # the layers of the augmentation too
-import tensorflow as tf
-
-augment = rand_augment()
-image = tf.random.stateless_uniform((32, 32, 3), (1, 2), maxval=255.0)
-assert all(augment(image, (i, 1)).shape == (32, 32, 3) for i in range(4))
-batch = tf.data.Dataset.from_tensors((tf.stack([image, image]), tf.constant([0, 1])))
-assert all(images.shape == (2, 32, 32, 3) for images, _ in mix(one_hot(batch.repeat(3), 2)))
 """
 
 

@@ -1,4 +1,4 @@
-"""From photographs to batches: resize, augment, shuffle, mix.
+"""From photographs to batches: resize, augment, shuffle.
 
 An epoch's order and all its draws follow from two integers, the seed and the epoch, and from
 nothing that is kept: a run that is cut off goes on with what it would have been given.
@@ -57,103 +57,6 @@ def flip(image, seed):
         seed: two integers.
     """
     return tf.image.stateless_random_flip_left_right(image, seed)
-
-
-def flip_and_color(image, seed):
-    """Mirror, and vary brightness, contrast and saturation. For the arguments see `flip`."""
-    seeds = tf.random.split(seed, 4)
-    image = flip(image, seeds[0]) / 255.0
-    image = tf.image.stateless_random_brightness(image, 0.2, seeds[1])
-    image = tf.image.stateless_random_contrast(image, 0.7, 1.3, seeds[2])
-    image = tf.image.stateless_random_saturation(image, 0.7, 1.3, seeds[3])
-    return 255.0 * tf.clip_by_value(image, 0.0, 1.0)
-
-
-class _Drawn(keras.random.SeedGenerator):
-    """Seeds for Keras's random layers that follow from two given integers.
-
-    A generator with a state gives out seeds in the order of the calls, which in a parallel
-    pipeline is another one each time.
-    """
-
-    def __init__(self, seed):
-        self.drawn = tf.cast(seed, tf.int32)
-
-    def next(self, ordered=True):
-        self.drawn, seed = tf.unstack(tf.random.split(self.drawn))
-        return seed
-
-
-def _for_pipelines(layer, *args):
-    """Make a preprocessing layer of Keras that computes with TensorFlow, channels last.
-
-    Called as a layer it would use TensorFlow in a `tf.data` pipeline by itself, whatever the
-    model uses; its parts, called one by one, do not.
-    """
-    layer = layer(*args, data_format="channels_last")
-    layer.backend.set_backend("tensorflow")
-    return layer
-
-
-class _Equalization(keras.layers.Equalization):
-    """Counts with TensorFlow: with JAX, Keras counts 256 values in 256 loops, minutes to trace."""
-
-    def _custom_histogram_fixed_width(self, values, value_range, nbins):
-        low, high = value_range
-        bins = tf.cast((values - low) * (nbins - 1) / (high - low), tf.int32)
-        bins = tf.clip_by_value(bins, 0, nbins - 1)
-        return tf.math.bincount(tf.reshape(bins, [-1]), minlength=nbins)
-
-
-def rand_augment(strength=0.2, operations=2):
-    """Return an augmentation: `flip`, then a few operations drawn for each image.
-
-    The operations are those of `keras.layers.RandAugment`, but for solarization, whose
-    threshold cannot be kept from turning most of an image into its negative. That layer
-    computes all of them for every image and draws the same few for a whole batch; here only
-    those drawn are computed.
-
-    Args:
-        strength: how far they go, 0 to 1; default 0.2.
-        operations: how many are applied to an image; default 2.
-
-    Returns:
-        A function for `make_dataset(augment=...)`.
-    """
-    layers, amounts = keras.layers, (0, 255)
-    choices = [
-        _for_pipelines(layers.RandomShear, strength, strength),
-        _for_pipelines(layers.RandomTranslation, strength, strength),
-        _for_pipelines(layers.RandomRotation, strength / 4),  # a factor of 1 is a full turn
-        _for_pipelines(layers.RandomBrightness, strength, amounts),
-        _for_pipelines(layers.RandomColorDegeneration, strength, amounts),
-        _for_pipelines(layers.RandomContrast, strength, amounts),
-        # 0.5 leaves an image as it is; less blurs it, more sharpens it.
-        _for_pipelines(layers.RandomSharpness, (0.5 - strength / 2, 0.5 + strength / 2), amounts),
-        _for_pipelines(layers.RandomPosterization, max(1, round(8 - 4 * strength)), amounts),
-        _for_pipelines(layers.AutoContrast, amounts),
-        _for_pipelines(_Equalization, amounts),
-    ]
-
-    def apply(layer, image, seed):
-        # As a layer does when it is called, but with a seed of the image's own; and as a
-        # batch of one, which all of them take.
-        draw = layer.get_random_transformation(image[None], training=True, seed=_Drawn(seed))
-        return layer.transform_images(image[None], draw, training=True)[0]
-
-    def augment(image, seed):
-        image = flip(image, seed)
-        for drawn in tf.unstack(tf.random.split(seed, operations), operations):
-            which = tf.random.stateless_uniform([], drawn, 0, len(choices), tf.int32)
-            # Each branch is bound to the image now, not when it is called.
-            branches = [
-                lambda image=image, layer=layer, drawn=drawn: apply(layer, image, drawn)
-                for layer in choices
-            ]
-            image = tf.ensure_shape(tf.switch_case(which, branches), image.shape)
-        return image
-
-    return augment
 
 
 def _seeds(*numbers):
@@ -244,36 +147,6 @@ def without_autotune(dataset):
 def one_hot(batches, classes):
     """Turn the labels of batches into rows of `classes` numbers, a 1 among 0s."""
     return batches.map(lambda images, labels: (images, tf.one_hot(labels, classes)))
-
-
-def mix(batches, seed=0, first=0):
-    """Blend the images of two batches in three, and their labels with them.
-
-    By turns, a batch is blended pixel by pixel (MixUp), gets rectangles of its other images
-    (CutMix), and is left alone.
-
-    Args:
-        batches: `tf.data.Dataset` of (images, one-hot labels).
-        seed: seed of the blending; default 0.
-        first: number of the first batch, from which and the seed its blending follows;
-            default 0.
-    """
-    mixers = [_for_pipelines(keras.layers.MixUp, 0.2), _for_pipelines(keras.layers.CutMix, 1.0)]
-
-    def apply(layer, images, labels, seed):
-        data = {"images": images, "labels": labels}
-        draw = layer.get_random_transformation(data, training=True, seed=_Drawn(seed))
-        return layer.transform_images(images, draw), layer.transform_labels(labels, draw)
-
-    def blend(number, batch):
-        images, labels = batch
-        drawn = _seeds(seed + 1, number)
-        branches = [lambda layer=layer: apply(layer, images, labels, drawn) for layer in mixers]
-        which = tf.cast(number % 3, tf.int32)
-        mixed, shares = tf.switch_case(which, [*branches, lambda: (images, labels)])
-        return tf.ensure_shape(mixed, images.shape), tf.ensure_shape(shares, labels.shape)
-
-    return batches.enumerate(first).map(blend).prefetch(tf.data.AUTOTUNE)
 
 
 def pad_last_batch(batches, batch_size, count):

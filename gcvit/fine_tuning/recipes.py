@@ -8,12 +8,9 @@ import numpy as np
 from gcvit.checks import labels_within
 from gcvit.fine_tuning.pipeline import (
     every_epoch,
-    flip,
     make_dataset,
-    mix,
     one_hot,
     pad_last_batch,
-    rand_augment,
 )
 from gcvit.fine_tuning.training import (
     Run,
@@ -36,67 +33,15 @@ def warmup_cosine(peak, warmup_steps, steps):
     )
 
 
-def layer_rates(model, decay=0.75):
-    """Return a factor for the learning rate of each part of a model, by its name.
-
-    The head and the last norm have 1, the last level `decay`, and each part before it
-    `decay` times the next one's.
-
-    Args:
-        model: a `GCViT`.
-        decay: the factor from part to part; default 0.75.
-    """
-    parts = ["patch_embed", *(level.name for level in model.levels)]
-    return {part: decay ** (len(parts) - i) for i, part in enumerate(parts)}
-
-
-@keras.saving.register_keras_serializable(package="gcvit")
-class LayerwiseAdamW(keras.optimizers.AdamW):
-    """AdamW with a learning rate for each part of the model.
-
-    The weight decay is that of `keras.optimizers.AdamW`: it goes by the rate of the
-    schedule, not by the part's.
-
-    Args:
-        learning_rate: a number or a schedule.
-        rates: {name: factor}; a variable whose path holds the name learns at the factor
-            times the rate. Default: none.
-        **kwargs: what `keras.optimizers.AdamW` takes.
-    """
-
-    def __init__(self, learning_rate=1e-3, rates=None, **kwargs):
-        super().__init__(learning_rate, **kwargs)
-        self.rates = dict(rates or {})
-
-    def build(self, variables):
-        super().build(variables)
-        self.variable_rates = [self.rate_of(variable) for variable in variables]
-
-    def rate_of(self, variable):
-        """Return the factor that a variable's learning rate gets."""
-        names = set(variable.path.split("/"))
-        return next((rate for name, rate in self.rates.items() if name in names), 1.0)
-
-    def update_step(self, gradient, variable, learning_rate):
-        # TensorFlow passes its own variable, which has lost its path but not its place.
-        rate = self.variable_rates[self._get_variable_index(variable)]
-        super().update_step(gradient, variable, learning_rate * rate)
-
-    def get_config(self):
-        return {**super().get_config(), "rates": self.rates}
-
-
-def adamw(learning_rate, weight_decay=0.05, rates=None, **kwargs):
+def adamw(learning_rate, weight_decay=0.05, **kwargs):
     """Return AdamW whose decay spares biases, norms, factors and the position tables.
 
     Args:
         learning_rate: a number or a schedule.
         weight_decay: decay of the matrices; default 0.05.
-        rates: see `LayerwiseAdamW`; default `None`: the same rate for all.
         **kwargs: what `keras.optimizers.AdamW` takes.
     """
-    kwargs = {"learning_rate": learning_rate, "weight_decay": weight_decay, **kwargs}
-    optimizer = LayerwiseAdamW(rates=rates, **kwargs) if rates else keras.optimizers.AdamW(**kwargs)
+    optimizer = keras.optimizers.AdamW(learning_rate, weight_decay=weight_decay, **kwargs)
     # "bias" is part of the position tables' name too.
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     return optimizer
@@ -113,10 +58,10 @@ def _steps(photos, batch_size):
     return whole + (rest > 0 and not _distributed())
 
 
-def _epochs(photos, settings, augment=flip):
+def _epochs(photos, settings):
     """Return what gives the batches of all epochs from one on, by its number."""
     names = ("image_size", "batch_size", "seed", "crop")
-    options = {"train": True, "augment": augment, "smallest": settings.get("smallest")}
+    options = {"train": True, "smallest": settings.get("smallest")}
     options |= {name: settings[name] for name in names}
 
     def one_pass(epoch):
@@ -189,13 +134,13 @@ def original(model, photos, image_size, epochs=5, batch_size=32, crop=1.0, backu
 
 def finetune(
     model, photos, image_size, epochs=5, batch_size=32, crop=1.0, backup=None, seed=0,
-    peak=1e-3, layer_decay=0.75, smallest=None, strength=0.2, mixing=True, averaging=True,
-    patience=3,
+    peak=1e-3, smallest=0.35, patience=3,
 ):  # fmt: skip
     """Prepare a recipe that holds on to what the pretrained model knows.
 
-    AdamW with warmup and cosine, lower rates for the earlier layers, RandAugment, MixUp and
-    CutMix, smoothed labels, averaged weights, and the best epoch's weights kept.
+    AdamW with warm-up and cosine, random parts of the photographs, half of them mirrored,
+    smoothed labels, and the best epoch's weights kept. Chapter 8 shows what more was measured
+    and did not help beyond chance.
 
     Args:
         model: see `original`.
@@ -207,12 +152,7 @@ def finetune(
         backup: see `original`.
         seed: see `original`.
         peak: highest learning rate; default 1e-3.
-        layer_decay: see `layer_rates`; default 0.75. From random weights there is nothing
-            to hold on to: 1.
-        smallest: see `make_dataset`; default `None`.
-        strength: see `rand_augment`; default 0.2; 0: photographs are mirrored, no more.
-        mixing: whether to `mix` the batches; default `True`.
-        averaging: whether to average the weights; default `True`.
+        smallest: see `make_dataset`; default 0.35.
         patience: epochs without a lower validation loss after which it stops; default 3;
             `None`: it does not.
 
@@ -221,30 +161,20 @@ def finetune(
     """
     settings = {"recipe": "finetune", "image_size": image_size, "epochs": epochs}
     settings |= {"batch_size": batch_size, "crop": crop, "seed": seed}
-    settings |= {"peak": peak, "layer_decay": layer_decay, "smallest": smallest}
-    settings |= {"strength": strength, "mixing": mixing, "averaging": averaging}
+    settings |= {"peak": peak, "smallest": smallest}
     classes = len(photos.class_names)
-    steps = _steps(photos, batch_size)
-    tenth = epochs * steps / 10
-    optimizer = adamw(
-        warmup_cosine(peak, int(tenth), epochs * steps),
-        rates=layer_rates(model, layer_decay),
-        global_clipnorm=1.0,
-        use_ema=averaging,
-        ema_momentum=1 - 1 / max(tenth, 2),  # the average spans a tenth of the run
-    )
+    steps = epochs * _steps(photos, batch_size)
     model.compile(
-        optimizer,
+        adamw(warmup_cosine(peak, steps // 10, steps), global_clipnorm=1.0),
         keras.losses.CategoricalCrossentropy(label_smoothing=0.1),
         weighted_metrics=["accuracy"],
         jit_compile=jit_compile(),
     )
     make_variables(model, np.zeros((1, classes)), classes)
-    passes = _epochs(photos, settings, rand_augment(strength) if strength else flip)
+    passes = _epochs(photos, settings)
 
     def batches(first):
-        labeled = one_hot(passes(first), classes)
-        return mix(labeled, seed, first * steps) if mixing else labeled
+        return one_hot(passes(first), classes)
 
     validation = make_dataset(photos.validation, image_size, batch_size, crop=crop)
     validation = one_hot(validation, classes)

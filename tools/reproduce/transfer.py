@@ -1,4 +1,4 @@
-"""Measure what pretraining is worth on the flowers, and what each part of the recipe is.
+"""Measure what pretraining is worth on the flowers.
 
     TFDS_DATA_DIR=... python tools/reproduce/transfer.py
 
@@ -6,11 +6,12 @@ Three ways to train `gcvit_nano` are compared, against the number of photographs
 from scratch, a linear head on the frozen backbone, and full fine-tuning. The first and the last
 see the same random crops, mirrored or not, for as many steps. The frozen backbone sees each
 photograph once, as the evaluation does, and the head is trained on what it makes of them. Of the
-flowers' three parts, one is to train on, one to choose by (learning rates, the recipe's parts,
-the epoch that is kept), and one is looked at once by each run, at its end.
+flowers' three parts, one is to train on, one to choose by (learning rates, the epoch that
+is kept), and one is looked at once by each run, at its end.
 
 Each finished run is written to the results file and skipped next time; one that is cut off goes
-on from its backup.
+on from its backup. Under "parts", the file keeps what four more parts of a recipe changed, by this
+tool at the commit that stands there: the recipe has lost them since.
 """
 
 import argparse
@@ -36,28 +37,16 @@ from gcvit.fine_tuning import (
     make_dataset,
     pooled_features,
 )
-from gcvit.laboratory import interval
 from gcvit.unit_blocks import reinit_glorot
 
 RESULTS = Path(__file__).resolve().parents[2] / "gcvit" / "results" / "transfer.json"
 SIZE, BATCH, PILOT_SEED, SEEDS = 128, 32, 100, (0, 1, 2)
-BUDGET = {5: 4, 20: 8, 80: 16, None: 10}
+BUDGET = {5: 4, 20: 8, 80: 8, None: 8}
 """Epochs by photographs of each class. An epoch is a pass over all of them, or as many passes
 as make thirty batches."""
 WAYS = ("scratch", "frozen", "full")
 PEAKS = {"scratch": (1e-3, 3e-3), "full": (3e-4, 1e-3)}
 """Highest learning rates to choose from, at 20 photographs of each class."""
-PLAIN = {"layer_decay": 1.0, "smallest": 0.35, "strength": 0, "mixing": False, "averaging": False}
-PARTS = {
-    "plain": {},
-    "lower rates for earlier layers": {"layer_decay": 0.75},
-    "MixUp and CutMix": {"mixing": True},
-    "RandAugment in place of crops": {"strength": 0.2, "smallest": None},
-    "averaged weights": {"averaging": True},
-}
-"""What is added to plain crops, one part at a time, at 80 photographs of each class."""
-PARTS_EPOCHS = 8
-"""Epochs by which the parts are compared: as many as the pilots', by which rates are chosen."""
 
 
 def arrays(part):
@@ -126,18 +115,19 @@ def train_head(data, each, seed, arguments):
     }
 
 
-def train_model(data, way, each, seed, epochs, settings, arguments):
+def train_model(data, way, each, seed, peak, arguments):
     """Train all weights; return what is written of it."""
     keras.utils.set_random_seed(seed)
     weights = None if way == "scratch" else arguments.weights
     model = GCViT.from_preset("gcvit_nano", weights, num_classes=len(data.whole.class_names))
     if way == "scratch":
         reinit_glorot(model)
-    name = "-".join(map(str, [way, each or "all", seed, epochs, *settings.values()]))
+    name = "-".join(map(str, [way, each or "all", seed, peak]))
+    epochs = BUDGET[each]
     photos = data.drawn(each, seed)
     run = finetune(
         model, photos, SIZE, epochs, BATCH, seed=seed, backup=arguments.work / name,
-        patience=None, **settings,
+        peak=peak, patience=None,
     )  # fmt: skip
     history = fit(model, run, verbose=verbosity())
     if run.state.interrupted:
@@ -152,43 +142,6 @@ def train_model(data, way, each, seed, epochs, settings, arguments):
     }
 
 
-def mean_of(runs, key, **where):
-    """Return mean, standard deviation and count of the runs that fit."""
-    values = [run[key] for run in runs if all(run[k] == v for k, v in where.items())]
-    return float(np.mean(values)), float(np.std(values, ddof=1)), len(values)
-
-
-def table(results):
-    """Return the results as Markdown."""
-    runs, parts = results["runs"], results["parts"]
-    sizes = [each for each in BUDGET if any(run["each"] == each for run in runs)]
-    lines = ["| photographs of each class | steps | " + " | ".join(WAYS) + " |"]
-    lines += ["| --- | --- |" + " --- |" * len(WAYS)]
-    for each in sizes:
-        steps = next(r["steps"] for r in runs if r["each"] == each and r["way"] != "frozen")
-        cells = [mean_of(runs, "test_accuracy", each=each, way=way) for way in WAYS]
-        row = " | ".join(f"{mean:.3f} ± {sd:.3f}" for mean, sd, _ in cells)
-        lines.append(f"| {each or 'all'} | {steps} | {row} |")
-    lines += ["", "| recipe | validation accuracy | beyond plain (95 % interval) |"]
-    lines += ["| --- | --- | --- |"]
-    for part in PARTS:
-        mean, sd, _ = mean_of(parts, "validation_accuracy", part=part)
-        cell = "" if part == "plain" else "{:+.3f} ({:+.3f} to {:+.3f})".format(*gain(parts, part))
-        lines.append(f"| {part} | {mean:.3f} ± {sd:.3f} | {cell} |")
-    lines += ["", f"Made by `{results['command']}` on {results['hardware']}.", ""]
-    return "\n".join(lines)
-
-
-def gain(parts, part):
-    """Return by how much a part gains, seed by seed: mean, and both ends of its interval."""
-    by_seed = {
-        name: {run["seed"]: run["validation_accuracy"] for run in parts if run["part"] == name}
-        for name in (part, "plain")
-    }
-    mean, half = interval([by_seed[part][s] - by_seed["plain"][s] for s in by_seed[part]])
-    return mean, mean - half, mean + half
-
-
 def save(results, path):
     """Write the results as a whole."""
     write({path: json.dumps(results, indent=1) + "\n"})
@@ -197,37 +150,31 @@ def save(results, path):
 def measure(data, arguments, results):
     """Run what the results lack yet, and write each run as it is finished."""
 
-    def complete(where, way, each, seed, settings, epochs=None, **notes):
-        same = {"way": way, "each": each, "seed": seed, "settings": settings, **notes}
+    def complete(where, way, each, seed, peak=None):
+        same = {"way": way, "each": each, "seed": seed, "peak": peak}
         if not any(same.items() <= run.items() for run in results[where]):
             print({"experiment": where, **same}, flush=True)
             if way == "frozen":
                 run = train_head(data, each, seed, arguments)
             else:
-                epochs = epochs or BUDGET[each]
-                run = train_model(data, way, each, seed, epochs, settings, arguments)
+                run = train_model(data, way, each, seed, peak, arguments)
             results[where].append({**same, **run})
             save(results, arguments.out)
 
-    for way, peaks in PEAKS.items():
-        for peak in peaks:
-            complete("pilot", way, 20, PILOT_SEED, {"peak": peak, **PLAIN})
-    peak = {
+    for way, rates in PEAKS.items():
+        for peak in rates:
+            complete("pilot", way, 20, PILOT_SEED, peak)
+    peaks = {
         way: max(
             (run for run in results["pilot"] if run["way"] == way),
             key=lambda run: run["validation_accuracy"],
-        )["settings"]["peak"]
+        )["peak"]
         for way in PEAKS
     }
-    for part, change in PARTS.items():
-        for seed in SEEDS:
-            settings = {"peak": peak["full"], **PLAIN, **change}
-            complete("parts", "full", 80, seed, settings, PARTS_EPOCHS, part=part)
-    for each in BUDGET:
-        for seed in SEEDS:
-            complete("runs", "frozen", each, seed, {})
-            for way in PEAKS:
-                complete("runs", way, each, seed, {"peak": peak[way], **PLAIN})
+    for seed in SEEDS:
+        for each in BUDGET:
+            for way in WAYS:
+                complete("runs", way, each, seed, peaks.get(way))
 
 
 def main():
@@ -236,7 +183,7 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("_build/transfer"))
     parser.add_argument("--weights", default="default", help="a checkpoint of gcvit_nano")
     arguments = parser.parse_args()
-    results = {"pilot": [], "parts": [], "runs": []}
+    results = {"pilot": [], "runs": []}
     if arguments.out.exists():
         results = json.loads(arguments.out.read_text(encoding="utf-8"))
     results |= {
@@ -247,13 +194,10 @@ def main():
         "image_size": SIZE,
         "batch_size": BATCH,
         "epochs": {str(each or "all"): epochs for each, epochs in BUDGET.items()},
-        "parts_epochs": PARTS_EPOCHS,
     }
     measure(Flowers(), arguments, results)
     save(results, arguments.out)
-    write({arguments.out.with_suffix(".md"): table(results)})
     shutil.rmtree(arguments.work, ignore_errors=True)
-    print(table(results))
 
 
 if __name__ == "__main__":
