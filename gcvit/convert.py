@@ -99,14 +99,14 @@ def architecture(path):
         path: a file of any kind that `load_checkpoint` reads.
 
     Returns:
-        The arguments that build the model with `GCViT(**arguments)`, as far as the file tells
-        them: its tensors tell the sizes; the rest, such as dropout rates and the activation of
-        the head, only the files of this package do. `layer_scale` is 1e-5 where the file has
+        The arguments that build the model with `GCViT(**arguments)`. The sizes follow from the
+        shapes of the tensors. The rest, such as dropout rates and the activation of the head, is
+        recorded only in files that this package wrote. `layer_scale` is 1e-5 where the file has
         such factors, for their first value does not matter once they are loaded.
 
     Raises:
-        CheckpointError: if the file is damaged, foreign, or of a model with windows that are
-            not square and that it does not tell.
+        CheckpointError: if the file is damaged, is not a GCViT's, or is of a model whose
+            windows are not square and does not record their size.
         FileNotFoundError: if there is no such file.
     """
     naming, tensors = read_tensors(path)

@@ -190,7 +190,7 @@ class PretrainedModel(keras.Model):
         raise readers.CheckpointError(
             f"{path} holds the state of another optimizer, or of one for other trainable "
             f"weights ({len(stored)} variables; this model's optimizer has {len(own)}, or "
-            "some of other shapes). Freeze the layers that were frozen when the file "
+            "variables of other shapes). Freeze the layers that were frozen when the file "
             "was written, or compile the model anew and read the file before it trains."
         )
 

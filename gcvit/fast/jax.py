@@ -17,7 +17,7 @@ PIXELS_FOR_PARTS = 96**2
 
 
 def custom_kernel_vjp(function, kernel_gradient, input_gradient=None, split=lambda maps: maps):
-    """Give a function of maps and a kernel a gradient by the kernel that is summed up in parts.
+    """Give a function of maps and a kernel a kernel gradient that is summed up in parts.
 
     XLA computes the kernel's gradient of a convolution as another convolution, whose window is
     the whole map. For a matrix product it writes a transposed copy of the maps; to make this
@@ -26,8 +26,8 @@ def custom_kernel_vjp(function, kernel_gradient, input_gradient=None, split=lamb
     Args:
         function: (maps, kernel) to new maps.
         kernel_gradient: (a part of the maps, the upstream gradient of what it became) to its
-            share of the gradient by the kernel.
-        input_gradient: (maps, kernel, upstream gradient) to the gradient by the maps; default:
+            share of the kernel's gradient.
+        input_gradient: (maps, kernel, upstream gradient) to the maps' gradient; default:
             JAX's own.
         split: splits maps into parts along the first axis; default: each image is a part.
     """
@@ -61,7 +61,7 @@ def custom_kernel_vjp(function, kernel_gradient, input_gradient=None, split=lamb
 
 
 def product(x, kernel):
-    """Return `x @ kernel`; the gradient by the kernel is summed up in up to 64 parts."""
+    """Return `x @ kernel`; the kernel's gradient is summed up in up to 64 parts."""
 
     def split(maps):
         rows = math.prod(maps.shape[:-1])
@@ -76,7 +76,7 @@ def product(x, kernel):
 def bias_add(maps, bias):
     """Return `maps + bias`: one and the same bias for each of the maps, or `None` for none.
 
-    The gradient by the bias, a sum over all maps, is a product with a row of ones, which takes
+    The bias's gradient, a sum over all maps, is a product with a row of ones, which takes
     XLA a fraction of the time of its own sums.
     """
     if bias is None:
@@ -96,7 +96,7 @@ def bias_add(maps, bias):
 
 
 def depthwise_conv2d(x, kernel, pad):
-    """Add up nine maps times their weights; the gradient by the kernel is nine sums an image."""
+    """Add up nine maps times their weights; the kernel's gradient is nine sums an image."""
 
     def kernel_gradient(x, upstream):
         taps = conv_taps(x, upstream.shape[:2])

@@ -47,7 +47,7 @@ def compiled(function, *tensors):
     """Return `function` of the tensors, which XLA compiles into few loops or one.
 
     XLA takes a tenth of a second for each shape. So where nothing else is compiled, in eager
-    mode, this is not either.
+    mode, this is not compiled either.
     """
     if tf.executing_eagerly():
         return function(*tensors)
@@ -141,9 +141,9 @@ def layer_normalization(x, gamma, beta, epsilon):
 def standardize_rows(x, epsilon):
     """Standardize each of (rows, channels), spelled as TensorFlow's graph optimizer wants it.
 
-    It takes a batch normalization of one image that has the rows for its channels, times
-    gamma, plus beta, for a layer normalization. It finds that only if it does not know the
-    number of rows beforehand: hence the placeholders.
+    The optimizer replaces a batch normalization of one image whose channels are the rows,
+    multiplied by gamma, plus beta, with one layer normalization. It finds this pattern only if it
+    does not know the number of rows beforehand: hence the placeholders.
     """
     unknown, none = tf.compat.v1.placeholder_with_default, tf.zeros(0)
     x = unknown(x, (None, x.shape[-1]))
@@ -161,7 +161,7 @@ def standardize_rows(x, epsilon):
 
 
 def normalization_gradients(x, gamma, epsilon, upstream):
-    """Return a layer norm's gradient by its input, and what each row adds to that by gamma.
+    """Return a layer norm's gradient with respect to its input, and each row's share of gamma's.
 
     Args:
         x: (rows, channels).

@@ -52,7 +52,7 @@ def dense(x, kernel, bias):
 def scaled_dot_product_attention(q, k, v, bias, scale):
     """Mix values in PyTorch's one operation, which copies neither k nor v, nor keeps scores.
 
-    It has no gradient by the bias: where gradients are wanted, PyTorch takes several operations
+    It has no gradient for the bias: where gradients are wanted, PyTorch takes several operations
     after all, and in a slower way than Keras's.
     """
     if torch.is_grad_enabled():

@@ -352,8 +352,8 @@ def check_batch(model, images, labels):
 def make_variables(model, labels, classes):
     """Make the variables of a compiled model's optimizer and metrics.
 
-    Made in the first step, as they are by default, they have TensorFlow trace it twice,
-    which takes longer than many a step. A backup is read into them.
+    By default, they are created in the first step. TensorFlow then traces the step twice, which
+    takes longer than many steps; and a backup can be read only into variables that exist.
 
     Args:
         model: a compiled model.

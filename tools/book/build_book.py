@@ -247,7 +247,7 @@ def main():
     share_checkpoints(HTML)
     show_model(HTML)
     if faults := project_faults(HTML):
-        fail("\n".join(["The book was built, but is not as it should be:", *faults]))
+        fail("\n".join(["The book was built, but some pages have problems:", *faults]))
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     print(f"The book is at {HTML / 'index.html'}, after {minutes} min {seconds} s.")
     print("To read it: make serve")
