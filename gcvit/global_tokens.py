@@ -110,7 +110,7 @@ class FeatureExtraction(layers.Layer):
         return x if self.keepdims else self.halve(x)
 
     def halve(self, x):
-        """Return the maximum of every second place and those around it."""
+        """Return the maximum of 3 x 3 positions, at every second position."""
         return self.pool(x)
 
     def compute_output_shape(self, input_shape):
