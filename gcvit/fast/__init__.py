@@ -263,10 +263,10 @@ def attention_weights(q, k, bias, scale):
 
 
 def scaled_dot_product_attention(q, k, v, bias, scale, dropout):
-    """Return softmax(scale · q·kᵀ + bias)·v, what the queries take up of `v`, of its shape.
+    """Return softmax(scale · q·kᵀ + bias)·v, for each query a weighted average of `v`.
 
     Args:
-        q: (batch, windows or 1, heads, tokens, head channels); one window's serve all.
+        q: (batch, windows or 1, heads, tokens, head channels); with 1, all windows share it.
         k: (batch, windows, heads, tokens, head channels).
         v: like `k`.
         bias: (heads, tokens, tokens), added to the scores of each window.
