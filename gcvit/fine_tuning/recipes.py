@@ -139,8 +139,7 @@ def finetune(
     """Prepare a recipe that holds on to what the pretrained model knows.
 
     AdamW with warm-up and cosine, random parts of the photographs, half of them mirrored,
-    smoothed labels, and the best epoch's weights kept. Chapter 8 shows what more was measured
-    and did not help beyond chance.
+    smoothed labels, and the best epoch's weights kept.
 
     Args:
         model: see `original`.

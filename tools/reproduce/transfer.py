@@ -10,8 +10,7 @@ flowers' three parts, one is to train on, one to choose by (learning rates, the 
 is kept), and one is looked at once by each run, at its end.
 
 Each finished run is written to the results file and skipped next time; one that is cut off goes
-on from its backup. Under "parts", the file keeps what four more parts of a recipe changed, by this
-tool at the commit that stands there: the recipe has lost them since.
+on from its backup.
 """
 
 import argparse
