@@ -8,6 +8,8 @@ import keras
 import numpy as np
 import pytest
 
+from gcvit import GCViT
+
 CASE = {"task": "forward", "preset": "p", "precision": "float32", "windows": "scaled"}
 CASE |= {"batch": 2, "size": 64, "cores": 1}
 
@@ -147,12 +149,20 @@ def test_a_sitting_goes_on_where_the_last_one_ended(sitting, capsys, monkeypatch
     assert len(results["commands"]) == 3
 
 
-def test_a_call_is_one_run_of_the_task():
+def test_a_call_is_one_run_of_the_task(monkeypatch):
     backend = keras.backend.backend()
     case = {**CASE, "preset": "gcvit_nano", "size": 64}
     predict, images = bench.gcvit_call(case, backend, "predict")
     assert images == 2 * bench.BATCHES_A_CALL
     assert predict().shape == (images, 200) and np.isfinite(predict()).all()
+
+    def smaller(preset, weights, image_size, **settings):
+        """Stand for the preset, whose training step takes half a minute to compile."""
+        model = GCViT((4,), 8, (1,), (1,), num_classes=200, **settings)
+        model.build((None, 64, 64, 3))
+        return model
+
+    monkeypatch.setattr(GCViT, "from_preset", smaller)
     mode = next(iter(bench.MODES[backend]))
     step, images = bench.gcvit_call({**case, "task": "step"}, backend, mode)
     assert images == 2 and np.isfinite([step(), step()]).all()

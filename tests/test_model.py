@@ -63,7 +63,7 @@ def test_a_picture_does_not_depend_on_its_batch(model, small_images):
 
 def test_training_drops_paths_sample_by_sample():
     """The step that `fit` runs drops paths; the one that `evaluate` runs does not."""
-    model = GCViT((7,), 8, (2,), (1,), path_drop=0.9, num_classes=3, mlp_ratio=1.0)
+    model = GCViT((7,), 8, (2,), (1,), path_drop=0.5, num_classes=3, mlp_ratio=1.0)
     model.build((None, 32, 32, 3))
     compiled = keras.backend.backend() == "jax"  # op by op it takes half a minute there
     optimizer = keras.optimizers.SGD(0.0)
@@ -449,7 +449,7 @@ def test_an_export_that_breaks_off_leaves_what_was_there(name, form, model, tmp_
     with pytest.raises(OSError, match=f"{name} cannot be written .No space left on device"):
         model.export(tmp_path / name, format=form)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
-    with pytest.raises(ValueError, match=r"LiteRT is a \.tflite file; got m\.keras"):
+    with pytest.raises(ValueError, match=r"must end in \.tflite; got m\.keras"):
         model.export("m.keras", format="litert")
 
 

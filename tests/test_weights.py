@@ -544,7 +544,7 @@ def test_a_disk_that_is_full_leaves_the_old_file(name, tmp_path, monkeypatch, ti
 
 
 def test_what_is_written_has_the_ending_of_its_kind_and_a_folder(tmp_path, tiny):
-    with pytest.raises(ValueError, match=r"a .safetensors file; got .*m\.keras"):
+    with pytest.raises(ValueError, match=r"must end in .safetensors; got .*m\.keras"):
         save_safetensors(tiny, tmp_path / "m.keras")
     with pytest.raises(FileNotFoundError, match="There is no folder .*nowhere to write m.keras"):
         tiny.save(tmp_path / "nowhere" / "m.keras")
