@@ -114,7 +114,7 @@ def test_without_network_it_is_found_out_in_seconds(tmp_path, monkeypatch):
         fine_tuning.flowers(tmp_path)
     photos = fine_tuning.photographs(tmp_path)
     assert time.monotonic() - began < 10
-    assert photos.name == "scikit-image" and "cannot be had here" in photos.source
+    assert photos.name == "scikit-image" and "is not available here" in photos.source
     assert len(photos.source.split(". ")) == 1
 
 

@@ -249,7 +249,7 @@ def photographs(data_dir=None):
     except FetchError:
         embedded = embedded_photographs()
         embedded.source = embedded.source.replace(
-            "The photographs", "tf_flowers cannot be had here, so the photographs"
+            "The photographs", "tf_flowers is not available here, so the photographs"
         )
         return embedded
 
