@@ -82,7 +82,7 @@ def site(tmp_path_factory):
     (built / "_static" / "pygments.css").write_text(colors)
     parts = [
         {"caption": "Parts", "chapters": [{"file": "01-one"}, {"file": "02-two"}]},
-        {"caption": "Reference", "chapters": [{"file": "notes"}]},
+        {"chapters": [{"file": "notes"}]},  # as the opening page's own part: no caption
     ]
     settings = {
         "_toc.yml": {"root": "index", "parts": parts},

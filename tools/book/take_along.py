@@ -134,7 +134,8 @@ def read_book(built, root):
     )
     parts = [("", [toc["root"]])]
     parts += [
-        (part["caption"], [page["file"] for page in part["chapters"]]) for part in toc["parts"]
+        (part.get("caption", ""), [page["file"] for page in part["chapters"]])
+        for part in toc["parts"]
     ]
     articles, mathjax, listings = {}, "", set()
     for name in (name for _, names in parts for name in names):
