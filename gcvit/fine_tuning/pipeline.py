@@ -77,7 +77,9 @@ def make_dataset(
     """Turn photographs into batches that a model takes: one pass over them.
 
     Args:
-        photos: `tf.data.Dataset` of (image, label), images as in `Photographs`.
+        photos: `tf.data.Dataset` of (image, label), images as in `Photographs`, the classes
+            mixed: training shuffles within ten batches, which does not mix what comes class
+            by class.
         image_size: side of the images in pixels, or (height, width).
         batch_size: images a batch; default 32.
         train: whether to shuffle and augment; default `False`.
