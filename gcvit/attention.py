@@ -39,7 +39,7 @@ class WindowAttention(layers.Layer):
 
     Shapes: `x` is (batch · windows, tokens, channels), the windows of an image next to
     each other; `q_global` is (batch, window height, window width, channels) or (batch,
-    tokens, channels). Out comes the shape of `x`.
+    tokens, channels). The output has the shape of `x`.
 
     Args:
         window_size: side of the window in tokens, or its (height, width).

@@ -131,7 +131,7 @@ class Block(layers.Layer):
     does.
 
     Shapes: `x` is (batch, height, width, channels); `q_global` is (batch, window height,
-    window width, channels). Out comes the shape of `x`.
+    window width, channels). The output has the shape of `x`.
 
     Args:
         window_size: side of the window in tokens, or its (height, width).

@@ -127,8 +127,8 @@ class GlobalQueryGenerator(layers.Layer):
     """Make the global query: the whole map in the size of one window.
 
     Shapes: (batch, height, width, channels) in; out, each side halved (rounding up) once
-    for every `False` in `keepdims`: K = log2(height / window) times where the window is
-    to be met.
+    for every `False` in `keepdims`. Reaching the window's size takes K = log2(height / window)
+    of them.
 
     Args:
         keepdims: one flag for each `FeatureExtraction`, `True` where it keeps the size.

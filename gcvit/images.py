@@ -87,7 +87,7 @@ def resize(image, image_size, crop=1.0, box=None):
 
 
 def _checked(image):
-    """Return an image that is (height, width, 3) with numbers of 0 to 255, or raise an error."""
+    """Return an image that is (height, width, 3) with values from 0 to 255, or raise an error."""
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"An image is (height, width, 3), in RGB; got shape {image.shape}.")
@@ -95,9 +95,9 @@ def _checked(image):
         return image
     low, high = image.min(), image.max()
     if not (low > -64 and high < 320):  # what an augmentation can overshoot, and no NaN
-        raise ValueError(f"An image has numbers of 0 to 255; these are {low:g} to {high:g}.")
+        raise ValueError(f"An image has values from 0 to 255; these: from {low:g} to {high:g}.")
     if image.dtype.kind == "b" or (high <= 1 and (image % 1).any()):
-        raise ValueError("An image has numbers of 0 to 255; these are 0 to 1: multiply by 255.")
+        raise ValueError("An image has values from 0 to 255; these: from 0 to 1. Multiply by 255.")
     return image
 
 

@@ -28,7 +28,7 @@ class GCViT(PretrainedModel):
     """The Global Context Vision Transformer.
 
     Shapes: (batch, height, width, `in_channels`) in, normalized as the weights want it;
-    out (batch, `num_classes`). Any height and width from 32 px on.
+    out (batch, `num_classes`). Any height and width of at least 32 px.
 
     Args:
         window_size: each level's window: its side in tokens, or its (height, width).
@@ -51,9 +51,9 @@ class GCViT(PretrainedModel):
         in_channels: colors of the image; default 3.
 
     Raises:
-        ValueError: for levels of different number, heads that do not divide the channels,
-            and images of another rank, with other channels, smaller than 32 px, or of
-            whole numbers.
+        ValueError: if the arguments that have a value for each level differ in length, or the
+            heads do not divide the channels; if images have another rank or other channels,
+            are smaller than 32 px, or are integers.
 
     Source: paper, section 3 and its architecture figure; official `gc_vit.py`, `GCViT`.
     """
@@ -155,7 +155,7 @@ class GCViT(PretrainedModel):
         if self.include_top:
             self.head.build((shape[0], shape[-1]))
 
-    # Keras's JAX trainer tells whether it trains only to a model whose call takes `training`.
+    # Keras's JAX trainer passes `training` only to a model whose call takes it.
     def call(self, images, training=None):
         self._check_images(images.shape, images.dtype)
         run = functools.partial(self._run, training=training)

@@ -182,16 +182,17 @@ class PretrainedModel(keras.Model):
             return True
         if fresh:
             warnings.warn(
-                f"{path} holds the state of another optimizer, or of one for other trainable "
-                "weights: it is left out, and the training starts anew.",
+                f"{path} holds the state of an optimizer that does not fit this model: it is left "
+                "out, and the training starts anew.",
                 stacklevel=3,
             )
             return False
+        alike = " of other shapes" if len(stored) == len(own) else ""
         raise readers.CheckpointError(
-            f"{path} holds the state of another optimizer, or of one for other trainable "
-            f"weights ({len(stored)} variables; this model's optimizer has {len(own)}, or "
-            "variables of other shapes). Freeze the layers that were frozen when the file "
-            "was written, or compile the model anew and read the file before it trains."
+            f"{path} holds the state of an optimizer that does not fit this model's: it has "
+            f"{len(stored)} variables, this one has {len(own)}{alike}. Freeze the layers that were "
+            "frozen when the file was written, or compile the model anew and read the file before "
+            "it trains."
         )
 
     def get_build_config(self):

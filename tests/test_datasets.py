@@ -301,7 +301,7 @@ def empty_class(folder):
 def only_one_of_a_class(folder):
     (folder / "fish").mkdir()
     picture(777).save(folder / "fish" / "only.png")
-    return r"fish needs two different photographs.*only\.png"
+    return r"fish needs at least two different photographs.*only\.png"
 
 
 def in_two_classes(folder):

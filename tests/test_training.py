@@ -189,7 +189,7 @@ def test_a_backup_of_another_run_or_a_damaged_one_is_refused(two_classes, tmp_pa
 
     attempt()
     with pytest.raises(
-        BackupError, match=r"run\.npz is of another run: its epochs is 4, here .* 5"
+        BackupError, match=r"run\.npz belongs to another run: its epochs is 4, here .* 5"
     ):
         attempt(5)
     with pytest.raises(BackupError, match=r"its peak is 0\.001, here it is 0\.1\. To start anew"):

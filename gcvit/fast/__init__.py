@@ -50,8 +50,8 @@ def faster(name, x, *args):
 
     Args:
         name: the kernel's name in the module that `kernels` returns.
-        x: a tensor. For one of a functional model, nothing is computed.
-        *args: what the kernel takes besides. It gets variables as tensors.
+        x: a tensor. For a symbolic one, of a functional model, nothing is computed.
+        *args: the kernel's other arguments. Variables are passed as tensors.
     """
     kernel = getattr(kernels(), name, None)
     if kernel is None or isinstance(x, keras.KerasTensor):
@@ -71,11 +71,11 @@ def pad_sides(x, pad, value=0.0):
 
 
 def conv_taps(x, size, strides=(1, 1)):
-    """Yield the nine maps that the taps of a 3x3 window meet, row by row.
+    """Yield nine shifted maps, one for each position in a 3x3 window, row by row.
 
     Args:
         x: (..., height, width, channels), padded already.
-        size: (height, width) of what the window makes of it.
+        size: (height, width) of each shifted map.
         strides: steps of the window, (down, right); default 1.
     """
     (height, width), (down, right) = size, strides
@@ -287,8 +287,8 @@ def scaled_dot_product_attention(q, k, v, bias, scale, dropout):
 def map_images(function, x):
     """Return `function` of maps, computed for a few large images at a time where that pays.
 
-    A few images' maps stay in the processor's cache, and use the memory that those before them
-    left. Where JAX takes gradients, it computes them once more instead of keeping them.
+    Their maps stay in the processor's cache, and use the memory of those before them. Where JAX
+    takes gradients, it computes the maps once more instead of keeping them.
 
     Args:
         function: takes (batch, height, width, channels); treats each image by itself.

@@ -20,13 +20,13 @@ def custom_kernel_vjp(function, kernel_gradient, input_gradient=None, split=lamb
     """Give a function of maps and a kernel a kernel gradient that is summed up in parts.
 
     XLA computes the kernel's gradient of a convolution as another convolution, whose window is
-    the whole map. For a matrix product it writes a transposed copy of the maps; to make this
-    copy, it computes the gradient that comes from the later blocks again in every block.
+    the whole map. For a matrix product, it writes a transposed copy of the incoming gradient. To
+    make this copy, it computes that gradient, a sum over the later blocks, again in every block.
 
     Args:
         function: (maps, kernel) to new maps.
-        kernel_gradient: (a part of the maps, the upstream gradient of what it became) to its
-            share of the kernel's gradient.
+        kernel_gradient: (a part of the maps, the upstream gradient of that part's output) to
+            this part's share of the kernel's gradient.
         input_gradient: (maps, kernel, upstream gradient) to the maps' gradient; default:
             JAX's own.
         split: splits maps into parts along the first axis; default: each image is a part.

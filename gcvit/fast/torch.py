@@ -50,10 +50,10 @@ def dense(x, kernel, bias):
 
 
 def scaled_dot_product_attention(q, k, v, bias, scale):
-    """Mix values in PyTorch's one operation, which copies neither k nor v, nor keeps scores.
+    """Mix values in PyTorch's one operation, which copies no k or v and keeps no scores.
 
-    It has no gradient for the bias: where gradients are wanted, PyTorch takes several operations
-    after all, and in a slower way than Keras's.
+    It has no gradient for the bias. Where gradients are wanted, PyTorch falls back to several
+    operations, which are slower than Keras's.
     """
     if torch.is_grad_enabled():
         return NotImplemented

@@ -506,7 +506,7 @@ def _digests(files):
                 raise DatasetError(f"{path} is the same photograph as {first}, of another class.")
         if len({digests[path] for path in paths}) < 2:
             raise DatasetError(
-                f"The class {name} needs two different photographs at least, one to train on and "
+                f"The class {name} needs at least two different photographs, one to train on and "
                 f"one to validate on; it holds {', '.join(map(os.fspath, paths))}."
             )
     return digests

@@ -137,9 +137,9 @@ def _fold(seed, number):
 def without_autotune(dataset):
     """Return a `tf.data.Dataset` that ends when its last element is taken.
 
-    TensorFlow tunes a pipeline in a thread that sleeps, each time longer, and the end of a pass
-    waits until it wakes. This one has no such thread; where a number is to be tuned, TensorFlow
-    takes a fixed one.
+    TensorFlow tunes a pipeline in a background thread. The thread sleeps for longer and longer
+    periods, and a pass can end only when it wakes. The returned dataset has no such thread: what
+    TensorFlow would tune is fixed.
     """
     options = tf.data.Options()
     options.autotune.enabled = False

@@ -113,7 +113,7 @@ class TrainingState(keras.callbacks.Callback):
             raise BackupError(f"{self.file} cannot be read ({error}). {way_out}") from error
         difference = _difference(run, self.run, notes["state"], describe(self.variables()))
         if difference:
-            raise BackupError(f"{self.file} is of another run: {difference}. {way_out}")
+            raise BackupError(f"{self.file} belongs to another run: {difference}. {way_out}")
         assign(self.variables(), values)
         self.logs, self.best_epoch = logs, best_epoch
         self.best_weights = best or None

@@ -3,11 +3,11 @@
     TFDS_DATA_DIR=... python tools/reproduce/transfer.py
 
 Three ways to train `gcvit_nano` are compared, against the number of photographs of each class:
-from scratch, a linear head on the frozen backbone, and full fine-tuning. The first and the last
-see the same random crops, mirrored or not, for as many steps. The frozen backbone sees each
-photograph once, as the evaluation does, and the head is trained on what it makes of them. Of the
-flowers' three parts, one is to train on, one to choose by (learning rates, the epoch that
-is kept), and one is looked at once by each run, at its end.
+from scratch, a linear head on the frozen backbone, and full fine-tuning. All three see the same
+random crops, mirrored or not, in as many passes. The frozen backbone sees them before the head is
+trained, whose steps take all of them at once. Of the flowers' three parts, one is to train on, one
+to choose by (learning rates, the epoch or step that is kept), and one is looked at once by each
+run, at its end.
 
 Each finished run is written to the results file and skipped next time; one that is cut off goes
 on from its backup.
@@ -28,6 +28,7 @@ from gcvit import GCViT
 from gcvit.book import verbosity
 from gcvit.fine_tuning import (
     evaluate,
+    every_epoch,
     finetune,
     fit,
     flowers,
@@ -39,7 +40,7 @@ from gcvit.fine_tuning import (
 from gcvit.unit_blocks import reinit_glorot
 
 RESULTS = Path(__file__).resolve().parents[2] / "gcvit" / "results" / "transfer.json"
-SIZE, BATCH, PILOT_SEED, SEEDS = 128, 32, 100, (0, 1, 2)
+SIZE, BATCH, LEAST, PILOT_SEED, SEEDS = 128, 32, 0.35, 100, (0, 1, 2)
 BUDGET = {None: 8, 80: 8, 20: 8, 5: 4}
 """Epochs by photographs of each class. An epoch is a pass over all of them, or as many passes
 as make thirty batches."""
@@ -100,12 +101,18 @@ class Flowers:
 def train_head(data, each, seed, arguments):
     """Train a linear head on the frozen backbone; return what is written of it."""
     model = GCViT.from_preset("gcvit_nano", arguments.weights)
+    photos = data.drawn(each, seed)
 
-    places = chosen(data.train[1], each, seed)
-    parts = [dataset(*data.train, places)]
-    parts += [dataset(*part, range(len(part[1]))) for part in (data.validation, data.test)]
+    def crops(epoch):
+        return make_dataset(photos.train, SIZE, BATCH, True, seed=seed, epoch=epoch, smallest=LEAST)
+
     train, validation, test = pooled_features(
-        model, *(make_dataset(part, SIZE, 250) for part in parts)
+        model,
+        every_epoch(crops, 0, BUDGET[each]),
+        *(
+            make_dataset(dataset(*part, range(len(part[1]))), SIZE, 250)
+            for part in (data.validation, data.test)
+        ),
     )
     head = linear_head(train, validation, len(data.whole.class_names))
     return {
@@ -127,7 +134,7 @@ def train_model(data, way, each, seed, peak, arguments):
     photos = data.drawn(each, seed)
     run = finetune(
         model, photos, SIZE, epochs, BATCH, seed=seed, backup=arguments.work / name,
-        peak=peak, patience=None,
+        peak=peak, smallest=LEAST, patience=None,
     )  # fmt: skip
     history = fit(model, run, verbose=verbosity())
     if run.state.interrupted:
@@ -195,7 +202,9 @@ def main():
         "batch_size": BATCH,
         "epochs": {str(each or "all"): epochs for each, epochs in BUDGET.items()},
     }
-    measure(Flowers(), arguments, results)
+    data = Flowers()
+    results["train_size"] = len(data.train[1])
+    measure(data, arguments, results)
     save(results, arguments.out)
     shutil.rmtree(arguments.work, ignore_errors=True)
 
