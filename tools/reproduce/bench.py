@@ -330,7 +330,7 @@ def title(case):
 
 
 COLUMNS = ("", "ms a batch", "images/s", "times timm", "processor ms", "times timm", "compile s")
-COLUMNS += ("peak MB", "others")
+COLUMNS += ("peak MiB", "others")
 
 
 def row(record):
@@ -357,7 +357,7 @@ def tables(results):
         f"Measured on {results['hardware']}, {results['accelerator'] or 'no accelerator'}, by "
         f"{', '.join(f'`{command}`' for command in results['commands'])}; {installed}. The ms are "
         "those of a batch: median and quartiles. Compile s is what the first call took beyond a "
-        f"usual one, peak MB {memory}. Times timm: how many times as fast as timm, run eagerly, by "
+        f"usual one, peak MiB {memory}. Times timm: how many times as fast as timm, run eagerly, by "
         "the clock and by the processor time of all threads. Others: the share of the processors "
         "that other programs took meanwhile; where it is not small, the clock says little."
     ]
