@@ -357,9 +357,10 @@ def tables(results):
         f"Measured on {results['hardware']}, {results['accelerator'] or 'no accelerator'}, by "
         f"{', '.join(f'`{command}`' for command in results['commands'])}; {installed}. The ms are "
         "those of a batch: median and quartiles. Compile s is what the first call took beyond a "
-        f"usual one, peak MiB {memory}. Times timm: how many times as fast as timm, run eagerly, by "
-        "the clock and by the processor time of all threads. Others: the share of the processors "
-        "that other programs took meanwhile; where it is not small, the clock says little."
+        f"usual one, peak MiB {memory}. Times timm: how many times as fast as timm, run eagerly, "
+        "by the clock and by the processor time of all threads. Others: the share of the "
+        "processors that other programs took meanwhile; where it is not small, the clock says "
+        "little."
     ]
     for _, group in itertools.groupby(results["records"], key=case_of):
         group = list(group)
