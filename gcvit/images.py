@@ -95,9 +95,9 @@ def _checked(image):
         return image
     low, high = image.min(), image.max()
     if not (low > -64 and high < 320):  # what an augmentation can overshoot, and no NaN
-        raise ValueError(f"An image has values from 0 to 255; these: from {low:g} to {high:g}.")
+        raise ValueError(f"An image wants values from 0 to 255; got {low:g} to {high:g}.")
     if image.dtype.kind == "b" or (high <= 1 and (image % 1).any()):
-        raise ValueError("An image has values from 0 to 255; these: from 0 to 1. Multiply by 255.")
+        raise ValueError("An image wants values from 0 to 255; got 0 to 1. Multiply by 255.")
     return image
 
 

@@ -238,8 +238,8 @@ def weight_specs(model):
         mode = getattr(layer, "quantization_mode", None)
         if mode is not None:
             raise CheckpointError(
-                f"The model is quantized ({attribute} is {mode}), and a checkpoint holds weights "
-                "that are not. Read it before you quantize; to write the quantized model, use "
+                f"The model is quantized ({attribute} is {mode}), but a checkpoint holds floating-"
+                "point weights. Read it before you quantize; to write the quantized model, use "
                 'model.save("model.keras").'
             )
         for position, name, kind, variable in _own_variables(layer):

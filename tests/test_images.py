@@ -252,9 +252,9 @@ def test_a_broken_tag_beside_the_orientation_does_no_harm(tmp_path, orientation)
     [
         (np.zeros((4, 4)), r"\(height, width, 3\), in RGB; got shape \(4, 4\)"),
         (np.zeros((4, 4, 4), "uint8"), r"got shape \(4, 4, 4\)"),
-        (np.full((4, 4, 3), 0.5), r"these: from 0 to 1\. Multiply by 255"),
-        (np.full((4, 4, 3), 40_000, "uint16"), "these: from 40000 to 40000"),
-        (np.full((4, 4, 3), np.nan), "these: from nan to nan"),
+        (np.full((4, 4, 3), 0.5), r"got 0 to 1\. Multiply by 255"),
+        (np.full((4, 4, 3), 40_000, "uint16"), "got 40000 to 40000"),
+        (np.full((4, 4, 3), np.nan), "got nan to nan"),
     ],
 )
 def test_arrays_that_are_no_photographs_are_refused(image, message):
