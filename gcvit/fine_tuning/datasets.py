@@ -229,8 +229,8 @@ def embedded_photographs(per_class=64, seed=0):
         list(_EMBEDDED.values()),
         len(parts["train"][1]),
         len(parts["validation"][1]),
-        "The photographs are patches of the pictures that come with scikit-image. Those for "
-        "training and for validation come from different parts of each picture.",
+        "The photographs are patches of the pictures that come with scikit-image, cut from "
+        "different parts of each picture for training and for validation.",
         "scikit-image",
     )
 
@@ -249,7 +249,7 @@ def photographs(data_dir=None):
     except FetchError:
         embedded = embedded_photographs()
         embedded.source = embedded.source.replace(
-            "The photographs", "tf_flowers is not available here. The photographs"
+            "The photographs", "tf_flowers is not available here, so the photographs"
         )
         return embedded
 
