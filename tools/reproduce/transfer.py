@@ -71,7 +71,8 @@ def chosen(labels, each, seed):
     order = np.random.default_rng(seed).permutation(len(labels))
     if each is None:
         return order
-    return np.concatenate([order[labels[order] == c][:each] for c in np.unique(labels)])
+    kept = np.concatenate([np.flatnonzero(labels[order] == c)[:each] for c in np.unique(labels)])
+    return order[np.sort(kept)]  # not class by class: the pipeline's buffer mixes some hundreds
 
 
 def dataset(photos, labels, places, passes=1):
