@@ -29,6 +29,15 @@ INTERRUPTED = 130
 """Exit code of a process that SIGINT ends, as shells know it."""
 
 
+def _on_one_line(text):
+    """Return a text with what a line cannot show, such as a line break in a name, escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def _say(sentence):
+    print(f"gcvit: {_on_one_line(sentence)}", file=sys.stderr)
+
+
 # argparse names these functions where an argument is refused.
 
 
@@ -288,7 +297,7 @@ def predict(arguments):
     for path, answer in classifier.predict(paths, arguments.batch_size):
         if isinstance(answer, Exception):
             failed += 1
-            print(f"gcvit: {answer}", file=sys.stderr)
+            _say(answer)
             results.append({"file": os.fspath(path), "error": str(answer)})
             continue
         order = np.argsort(-answer)[: arguments.top]
@@ -296,11 +305,11 @@ def predict(arguments):
         results.append({"file": os.fspath(path), "classes": classes})
         if not arguments.json:
             named = ", ".join(f"{name} {share:.3f}" for name, share in classes.items())
-            print(f"{path}: {named}", flush=True)
+            print(f"{_on_one_line(path)}: {named}", flush=True)
     if arguments.json:
         print(json_text(results))
     if failed:
-        print(f"gcvit: {failed} of {len(paths)} files could not be read.", file=sys.stderr)
+        _say(f"{failed} of {len(paths)} files could not be read.")
     return 1 if failed else 0
 
 
@@ -434,7 +443,7 @@ def prefetch(arguments):
                 path = _fetched(entry)
             except (OSError, ValueError) as error:
                 result["error"] = str(error)
-                print(f"gcvit: {error}", file=sys.stderr)
+                _say(error)
                 continue
             result["path"] = os.fspath(path)
             result["bytes"] = size or path.stat().st_size
@@ -496,7 +505,7 @@ def main(argv=None):
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        print("gcvit: interrupted.", file=sys.stderr)
+        _say("interrupted.")
         return INTERRUPTED
     except BrokenPipeError:  # `... | head`
         sys.stdout = None
@@ -504,7 +513,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:  # the package's own errors are among these
         if getattr(error, "strerror", None):  # the system's, which has numbers and no sentence
             error = f"{error.filename} cannot be used: {error.strerror}."
-        print(f"gcvit: {error}", file=sys.stderr)
+        _say(error)
         return 1
 
 

@@ -532,3 +532,11 @@ def test_an_error_of_the_system_becomes_a_sentence(tmp_path, capsys, monkeypatch
     assert main(["predict", str(NANO), str(tmp_path)]) == 1
     shown = capsys.readouterr().err
     assert shown == "gcvit: m.safetensors cannot be used: Permission denied.\n"
+
+
+def test_a_line_break_in_a_name_does_not_break_the_message(tmp_path, capsys):
+    write_classes(tmp_path / "photos")
+    (tmp_path / "photos" / "new\nline").mkdir()
+    assert main(["train", str(tmp_path / "photos"), f"--out={tmp_path / 'm.safetensors'}"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("gcvit: ") and r"new\nline holds no photographs" in last
