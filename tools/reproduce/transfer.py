@@ -10,7 +10,9 @@ to choose by (learning rates, the epoch or step that is kept), and one is looked
 run, at its end.
 
 Each finished run is written to the results file and skipped next time; one that is cut off goes
-on from its backup.
+on from its backup. Under "parts", the file keeps what four more parts of a recipe changed, by this
+tool at the commit that stands there: the recipe has lost them since. The pilot's runs in the file
+are older than the random order in which `chosen` returns the photographs.
 """
 
 import argparse
