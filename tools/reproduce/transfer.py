@@ -75,6 +75,11 @@ def dataset(photos, labels, places, passes=1):
     )
 
 
+def all_of(part):
+    """Return `tf.data.Dataset` of (image, label) of a whole part."""
+    return dataset(*part, range(len(part[1])))
+
+
 class Flowers:
     """The three parts, in memory."""
 
@@ -89,14 +94,13 @@ class Flowers:
         photos, labels = self.train
         places = chosen(labels, each, seed)
         passes = -(-30 * BATCH // len(places))
-        everything = len(self.validation[1])
         return dataclasses.replace(
             self.whole,
             train=dataset(photos, labels, places, passes),
             train_labels=tf.data.Dataset.from_tensor_slices(np.tile(labels[places], passes)),
             train_size=passes * len(places),
-            validation=dataset(*self.validation, range(everything)),
-            validation_size=everything,
+            validation=all_of(self.validation),
+            validation_size=len(self.validation[1]),
         )
 
 
@@ -111,10 +115,7 @@ def train_head(data, each, seed, arguments):
     train, validation, test = pooled_features(
         model,
         every_epoch(crops, 0, BUDGET[each]),
-        *(
-            make_dataset(dataset(*part, range(len(part[1]))), SIZE, 250)
-            for part in (data.validation, data.test)
-        ),
+        *(make_dataset(all_of(part), SIZE, 250) for part in (data.validation, data.test)),
     )
     head = linear_head(train, validation, len(data.whole.class_names))
     return {
@@ -141,7 +142,7 @@ def train_model(data, way, each, seed, peak, arguments):
     history = fit(model, run, verbose=verbosity())
     if run.state.interrupted:
         raise SystemExit(130)
-    test = make_dataset(dataset(*data.test, range(len(data.test[1]))), SIZE, 250)
+    test = make_dataset(all_of(data.test), SIZE, 250)
     best = int(np.argmin(history["val_loss"]))
     return {
         "steps": epochs * run.steps,
